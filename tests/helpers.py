@@ -1,4 +1,4 @@
-"""Where the tests find golden values, and the tokenizer that they were made with."""
+"""Shared by the tests: where goldens lie, and weights made from their recipe."""
 
 import os
 from pathlib import Path
@@ -23,8 +23,3 @@ needs_published_tokenizer = pytest.mark.skipif(
     published_tokenizer() is None,
     reason="set IXC2_TOKENIZER to the tokenizer.model of a published checkpoint",
 )
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    return golden_directory()

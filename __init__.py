@@ -1,0 +1,1 @@
+"""The InternLM-XComposer2 family of vision-language models on transformers 5."""
