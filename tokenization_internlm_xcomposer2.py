@@ -1,0 +1,222 @@
+"""Text to token ids and back, on sentencepiece.
+
+Two vocabularies go through the same class: the one of the published checkpoints (92544 pieces, `<unk>` 0,
+`<s>` 1, `</s>` 2, `[UNUSED_TOKEN_145]` 92542, `[UNUSED_TOKEN_146]` 92543) and the small one of the nano
+checkpoint, whose ids differ. So no id stands in this file: every piece is looked up by its name.
+
+The markup of turns is made of ordinary pieces. sentencepiece matches them whole, decoding shows them, and
+`skip_special_tokens` leaves them where they are; only `<s>`, `</s>` and `<unk>` are special.
+"""
+
+import os
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from shutil import copyfile
+
+import sentencepiece
+from transformers import AddedToken, PreTrainedTokenizer
+
+BEGIN_OF_TURN = "[UNUSED_TOKEN_146]"
+END_OF_TURN = "[UNUSED_TOKEN_145]"
+IMAGE_MARK = "<ImageHere>"
+
+CHAT_TEMPLATE = (
+    "{{- bos_token }}"
+    "{%- for message in messages %}"
+    "{{- '" + BEGIN_OF_TURN + "' + message['role'] + '\\n' }}"
+    "{%- if message['content'] is string %}"
+    "{{- message['content'] }}"
+    "{%- else %}"
+    "{%- for part in message['content'] %}"
+    "{%- if part['type'] == 'text' %}"
+    "{{- part['text'] }}"
+    "{%- elif part['type'] in ['image', 'image_url', 'video', 'video_url'] %}"
+    "{{- '" + IMAGE_MARK + "' }}"
+    "{%- else %}"
+    "{{- raise_exception('a part of a message is text, image or video, not ' + part['type']) }}"
+    "{%- endif %}"
+    "{%- endfor %}"
+    "{%- endif %}"
+    "{{- '" + END_OF_TURN + "\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}"
+    "{{- '" + BEGIN_OF_TURN + "assistant\\n' }}"
+    "{%- endif %}"
+)
+
+
+class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
+    """The tokenizer of every checkpoint of the family: `tokenizer.model` read by sentencepiece.
+
+    `<s>` goes before each text unless `add_special_tokens=False`; `</s>` goes after it only with
+    `add_eos_token=True`. `</s>` is also the padding. `apply_chat_template` writes the turns that the
+    models were trained on, `<s>` once at the very start, an image or video as `<ImageHere>`.
+
+    Raises FileNotFoundError if `vocab_file` does not exist, ValueError if it holds no sentencepiece model
+    or one without the special and markup pieces of this family.
+    """
+
+    vocab_files_names = {"vocab_file": "tokenizer.model"}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab_file: str | os.PathLike | None = None,
+        unk_token: str | AddedToken = "<unk>",
+        bos_token: str | AddedToken = "<s>",
+        eos_token: str | AddedToken = "</s>",
+        pad_token: str | AddedToken = "</s>",
+        sp_model_kwargs: dict[str, bool | int | float] | None = None,
+        add_bos_token: bool = True,
+        add_eos_token: bool = False,
+        chat_template: str | dict[str, str] | list[dict[str, str]] | None = None,
+        **kwargs,
+    ):
+        self.vocab_file = _existing_file(vocab_file, kwargs.get("name_or_path"))
+        self.sp_model = _load_model(self.vocab_file, sp_model_kwargs or {})
+        self.add_bos_token = add_bos_token
+        self.add_eos_token = add_eos_token
+        _require_pieces(self.sp_model, self.vocab_file, (unk_token, bos_token, eos_token))
+        super().__init__(
+            unk_token=unk_token,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            sp_model_kwargs=sp_model_kwargs or {},
+            add_bos_token=add_bos_token,
+            add_eos_token=add_eos_token,
+            chat_template=CHAT_TEMPLATE if chat_template is None else chat_template,
+            **kwargs,
+        )
+
+    @classmethod
+    def convert_to_native_format(cls, **kwargs):
+        """Arguments of the constructor as `from_pretrained` found them, once the vocabulary is seen to exist.
+
+        `from_pretrained` turns every OSError of the constructor into one without a file name; here, just
+        before it, a FileNotFoundError still reaches the caller.
+        """
+        _existing_file(kwargs.get("vocab_file"), kwargs.get("name_or_path"))
+        return kwargs
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of pieces in the sentencepiece model, without tokens added later."""
+        return self.sp_model.get_piece_size()
+
+    def get_vocab(self) -> dict[str, int]:
+        """All pieces and added tokens with their ids."""
+        vocabulary = {self.sp_model.id_to_piece(index): index for index in range(self.vocab_size)}
+        return {**vocabulary, **self.added_tokens_encoder}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Special tokens and tokens added later with their ids, in the order of the ids."""
+        return self.added_tokens_encoder
+
+    def _tokenize(self, text: str, **kwargs) -> list[str]:
+        return self.sp_model.encode(text, out_type=str)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.sp_model.piece_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.sp_model.id_to_piece(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of `tokens`.
+
+        As published, a blank stands before each run of pieces that ends in a special token: "a", "</s>"
+        gives " a</s>", and "<s>", "a" gives " <s>a". Tokens added to the vocabulary stand for themselves.
+        """
+        return "".join(self._parts_of_text(tokens))
+
+    def _parts_of_text(self, tokens: list[str]) -> Iterator[str]:
+        specials = set(self.special_tokens_map.values())
+        text = ""
+        for kind, run in groupby(tokens, key=lambda token: self._kind_of_token(token, specials)):
+            names = list(run)
+            if kind == "special":
+                yield " " + text + "".join(names)
+                text = ""
+            else:
+                text += "".join(names) if kind == "added" else self.sp_model.decode_pieces(names)
+        yield text
+
+    def _kind_of_token(self, token: str, specials: set[str]) -> str:
+        if token in specials:
+            return "special"
+        return "added" if token in self._added_tokens_encoder else "piece"
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """One or two sequences joined, after `<s>` and before `</s>` where those are switched on."""
+        start = [self.bos_token_id] if self.add_bos_token else []
+        end = [self.eos_token_id] if self.add_eos_token else []
+        return start + token_ids_0 + (token_ids_1 or []) + end
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """1 where `build_inputs_with_special_tokens` puts a special token, else 0."""
+        if already_has_special_tokens:
+            return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
+        num_pieces = len(token_ids_0) + len(token_ids_1 or [])
+        return [1] * self.add_bos_token + [0] * num_pieces + [1] * self.add_eos_token
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Write `tokenizer.model` into `save_directory` and return its path.
+
+        Raises NotADirectoryError if there is no such directory.
+        """
+        if not os.path.isdir(save_directory):
+            raise NotADirectoryError(f"{save_directory} is not a directory; create it first")
+        name = (f"{filename_prefix}-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]
+        target = os.path.join(save_directory, name)
+        if not os.path.isfile(self.vocab_file):
+            Path(target).write_bytes(self.sp_model.serialized_model_proto())
+        elif os.path.abspath(self.vocab_file) != os.path.abspath(target):
+            copyfile(self.vocab_file, target)
+        return (target,)
+
+
+def _existing_file(vocab_file: str | os.PathLike | None, source: str | None) -> str:
+    name = InternLMXComposer2Tokenizer.vocab_files_names["vocab_file"]
+    if vocab_file is None:
+        raise FileNotFoundError(f"no {name} in {source or 'the arguments'}; copy it from the checkpoint")
+    if not os.path.isfile(vocab_file):
+        raise FileNotFoundError(f"{vocab_file} does not exist; it should be the {name} of the checkpoint")
+    return os.fspath(vocab_file)
+
+
+def _load_model(
+    vocab_file: str, options: dict[str, bool | int | float]
+) -> sentencepiece.SentencePieceProcessor:
+    content = Path(vocab_file).read_bytes()
+    problem = None
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=content, **options) if content else None
+    except RuntimeError as error:
+        model, problem = None, error
+    if model is None or model.get_piece_size() == 0:
+        raise ValueError(
+            f"{vocab_file} ({len(content)} bytes) is no sentencepiece model; "
+            "it may be truncated or a Git LFS pointer: download it again"
+        ) from problem
+    return model
+
+
+def _require_pieces(
+    model: sentencepiece.SentencePieceProcessor, vocab_file: str, specials: tuple[str | AddedToken, ...]
+) -> None:
+    names = [*map(str, specials), BEGIN_OF_TURN, END_OF_TURN]
+    missing = [name for name in names if model.id_to_piece(model.piece_to_id(name)) != name]
+    if missing:
+        raise ValueError(
+            f"{vocab_file} with {model.get_piece_size()} pieces has no {', '.join(missing)}; "
+            "it does not belong to a checkpoint of this family"
+        )
