@@ -20,6 +20,7 @@ from transformers import AddedToken, PreTrainedTokenizer
 BEGIN_OF_TURN = "[UNUSED_TOKEN_146]"
 END_OF_TURN = "[UNUSED_TOKEN_145]"
 IMAGE_MARK = "<ImageHere>"
+SPECIAL_PIECES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 CHAT_TEMPLATE = (
     "{{- bos_token }}"
@@ -73,11 +74,11 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
         chat_template: str | dict[str, str] | list[dict[str, str]] | None = None,
         **kwargs,
     ):
+        specials = (unk_token, bos_token, eos_token)
         self.vocab_file = _existing_file(vocab_file, kwargs.get("name_or_path"))
-        self.sp_model = _load_model(self.vocab_file, sp_model_kwargs or {})
+        self.sp_model = _load_model(self.vocab_file, sp_model_kwargs or {}, specials)
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
-        _require_pieces(self.sp_model, self.vocab_file, (unk_token, bos_token, eos_token))
         super().__init__(
             unk_token=unk_token,
             bos_token=bos_token,
@@ -92,12 +93,14 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
 
     @classmethod
     def convert_to_native_format(cls, **kwargs):
-        """Arguments of the constructor as `from_pretrained` found them, once the vocabulary is seen to exist.
+        """The constructor's arguments as `from_pretrained` found them, once the vocabulary is known good.
 
-        `from_pretrained` turns every OSError of the constructor into one without a file name; here, just
-        before it, a FileNotFoundError still reaches the caller.
+        `from_pretrained` hides errors of the constructor: an OSError loses its file name, and in
+        transformers 5.0 every error becomes a demand for protobuf. Raised here, just before, they show.
         """
-        _existing_file(kwargs.get("vocab_file"), kwargs.get("name_or_path"))
+        specials = tuple(kwargs.get(name) or default for name, default in SPECIAL_PIECES.items())
+        vocab_file = _existing_file(kwargs.get("vocab_file"), kwargs.get("name_or_path"))
+        _load_model(vocab_file, kwargs.get("sp_model_kwargs") or {}, specials)
         return kwargs
 
     @property
@@ -194,19 +197,19 @@ def _existing_file(vocab_file: str | os.PathLike | None, source: str | None) -> 
 
 
 def _load_model(
-    vocab_file: str, options: dict[str, bool | int | float]
+    vocab_file: str, options: dict[str, bool | int | float], specials: tuple[str | AddedToken, ...]
 ) -> sentencepiece.SentencePieceProcessor:
     content = Path(vocab_file).read_bytes()
-    problem = None
     try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=content, **options) if content else None
+        if not content:
+            raise RuntimeError("the file is empty")
+        model = sentencepiece.SentencePieceProcessor(model_proto=content, **options)
     except RuntimeError as error:
-        model, problem = None, error
-    if model is None or model.get_piece_size() == 0:
         raise ValueError(
             f"{vocab_file} ({len(content)} bytes) is no sentencepiece model; "
             "it may be truncated or a Git LFS pointer: download it again"
-        ) from problem
+        ) from error
+    _require_pieces(model, vocab_file, specials)
     return model
 
 
