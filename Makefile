@@ -1,0 +1,41 @@
+# make demo   questions about the pictures in examples/, with the model's answers
+# make test   the tests, on a CPU and offline
+#
+# Both create .venv once and reuse it. TORCH is the torch requirement to install: the default is what pip
+# takes for this machine, `TORCH=torch==2.13.0` pins a version.
+# PYTHON names the interpreter (3.10 or newer), ARGS is passed on.
+
+TORCH ?= torch
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_OFFLINE := 1
+
+KEY := $(firstword $(shell echo '$(TORCH)' | cksum))
+DEMO := .venv/.demo-$(KEY)
+TEST := .venv/.test-$(KEY)
+
+.PHONY: demo test clean
+
+demo: $(DEMO)
+	.venv/bin/python examples/demo.py $(ARGS)
+
+test: $(TEST)
+	.venv/bin/python -m pytest $(ARGS)
+
+clean:
+	rm -rf .venv
+
+.venv/.created:
+	@test -n '$(PYTHON)' || { echo 'Python 3.10 or newer is needed; name one with PYTHON=...' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+$(DEMO): EXTRA := video
+$(TEST): EXTRA := dev
+$(DEMO) $(TEST): pyproject.toml | .venv/.created
+	.venv/bin/python -m pip install --quiet '$(TORCH)'
+	.venv/bin/python -m pip install --quiet --editable '.[$(EXTRA)]'
+	@touch $@
