@@ -6,6 +6,8 @@ prefix, bytes as a last resort) and each digit is a piece of its own. Printed wo
 letter, so no piece joins two capitals. Everything else about its ids differs: look pieces up by name.
 
 Training is deterministic: the same sentencepiece version gives the same file.
+
+    python -m tools.nano.train_tokenizer --output tokenizer.model
 """
 
 import argparse
@@ -17,7 +19,8 @@ import string
 from pathlib import Path
 
 import sentencepiece
-from questions import COLOURS, NUMBER_WORDS, PAIR_FRAMES, PLURALS, QUESTIONS, SHAPES
+
+from .questions import COLOURS, NUMBER_WORDS, PAIR_FRAMES, PLURALS, QUESTIONS, SHAPES
 
 MARKUP_PIECES = ("[UNUSED_TOKEN_0]", "[UNUSED_TOKEN_1]", "[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]")
 REQUIRED_CHARACTERS = string.ascii_letters + string.digits + ".,:;!?'\"()<>[]{}/\\-_+*=#%&@$|~`^"
