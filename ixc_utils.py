@@ -1,0 +1,353 @@
+"""Picture geometry of the family: integers and PIL pictures only. No torch, no disk, no network.
+
+`plan_*` decide in integers, everything else carries a plan out. Sizes are (height, width) in pixels and grids
+(rows, cols) in tiles; only PIL itself speaks of (width, height). Whoever needs the number of tokens of a
+picture takes it from the plan that also cuts the picture, so the two cannot disagree.
+"""
+
+import math
+import operator
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+
+if TYPE_CHECKING:
+    from io import BytesIO
+    from os import PathLike
+
+Size = tuple[int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+# What the published checkpoints were trained with; every function takes another size as an argument.
+TILE_SIZE = 560
+TILE_SIZE_4KHD = 336
+
+# Frame composites: a band for the label above each frame, and a gap with a line in it after each frame.
+BAND = 40
+GAP = 10
+LINE_WIDTH = 2
+FONT_SIZE = 40
+
+MAX_FRAMES = 32
+
+# A plan beyond this is not a picture that any checkpoint can read, but memory that is about to run out.
+MAX_PLANNED_PIXELS = 1 << 28
+
+EXIF_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class TileRule:
+    """How far a picture may grow, and where it lies on its canvas."""
+
+    enlargement: (
+        float | None
+    )  # at most this multiple of its long side, rounded up to tiles; None: the whole budget
+    centred: bool  # else at the start, with all padding after it
+
+
+TILE_RULES = {
+    "bottom": TileRule(enlargement=1.0, centred=False),  # 2.5
+    "always": TileRule(enlargement=None, centred=True),  # 4KHD
+    "centred": TileRule(enlargement=1.5, centred=True),  # 2.5 as published training and evaluation do it
+}
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """What becomes of a picture: resized, laid on white at `offset`, cut into `grid` squares."""
+
+    resized: Size
+    padded: Size
+    offset: tuple[int, int]  # (top, left) of the picture on the white canvas
+    tile_size: int  # px
+    transposed: bool  # resized on its side: PIL rounds between its two passes, so the order of axes shows
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, cols) of local tiles."""
+        return self.padded[0] // self.tile_size, self.padded[1] // self.tile_size
+
+    @property
+    def num_tiles(self) -> int:
+        """Local tiles and the global view."""
+        return self.grid[0] * self.grid[1] + 1
+
+
+@dataclass(frozen=True)
+class FramePlan:
+    """Where the frames of a video go on one picture."""
+
+    frame_sizes: tuple[Size, ...]
+    positions: tuple[tuple[int, int], ...]  # (top, left) of each frame's band, right above the frame
+    size: Size  # of the whole picture
+    stacked: bool  # one below the other; else side by side
+
+
+# --- plans ---
+
+
+def plan_tiles(height: int, width: int, *, tile_size: int, hd_num: int, layout: str) -> TilePlan:
+    """Plan a picture for a budget of `hd_num` local tiles under one of the `TILE_RULES`."""
+    check_size(height, width)
+    rule = tile_rule(layout)
+    budget = min(check_hd_num(hd_num), MAX_PLANNED_PIXELS)
+    long, short = max(height, width), min(height, width)
+    ratio = long / short
+    num_along = bisect_right(range(1, budget + 1), budget, key=lambda num: num * math.ceil(num / ratio))
+    if rule.enlargement is not None:
+        num_along = min(math.ceil(long * rule.enlargement / tile_size), num_along)
+    resized_long = num_along * tile_size
+    resized = max(1, int(resized_long / ratio)), resized_long
+    return _lay_out(resized, tile_size, centred=rule.centred, transposed=width < height)
+
+
+def plan_video(height: int, width: int, *, tile_size: int) -> TilePlan:
+    """Plan a composite of video frames: its short side becomes one tile, whatever the long side comes to."""
+    check_size(height, width)
+    ratio = max(height, width) / min(height, width)
+    resized = tile_size, int(tile_size * ratio)
+    return _lay_out(resized, tile_size, centred=False, transposed=width < height)
+
+
+def plan_frames(
+    num_frames: int, average_fps: float, *, fps: float = 1.0, max_frames: int = MAX_FRAMES
+) -> list[int]:
+    """Choose which frames of a video are shown: `fps` per second, thinned out evenly to `max_frames`."""
+    if num_frames < 1:
+        raise ValueError("the video has no frames")
+    if not fps > 0 or max_frames < 1:
+        raise ValueError(f"fps must be > 0 and max_frames >= 1, got fps={fps}, max_frames={max_frames}")
+    indices = range(0, num_frames, max(1, round(average_fps / fps)))
+    if len(indices) <= max_frames:
+        return list(indices)
+    step = len(indices) / (max_frames + 1)
+    return [indices[int(i * step)] for i in range(max_frames)]
+
+
+def plan_composite(sizes: Sequence[Size], *, tile_size: int) -> FramePlan:
+    """Plan one picture of frames with these sizes; the last frame decides how they are stacked."""
+    if not sizes:
+        raise ValueError("a video needs at least one frame")
+    height, width = sizes[-1]
+    stacked = width > height
+    frames = [_fit_frame(*size, long_side=2 * tile_size) for size in sizes]
+    positions, along = [], 0
+    for frame_height, frame_width in frames:
+        positions.append((along, 0) if stacked else (0, along))
+        along += frame_height + BAND + GAP if stacked else frame_width + GAP
+    if stacked:
+        size = along, max(frame_width for _, frame_width in frames)
+    else:
+        size = max(frame_height for frame_height, _ in frames) + BAND, along
+    return FramePlan(tuple(frames), tuple(positions), size, stacked)
+
+
+def num_image_tokens(rows: int, cols: int, tile_tokens_per_side: int) -> int:
+    """Tokens of a tiled picture: tiles and global view, a newline after each of their rows, a separator."""
+    tiles = (rows * cols + 1) * tile_tokens_per_side**2
+    newlines = (rows + 1) * tile_tokens_per_side
+    return tiles + newlines + 1
+
+
+def num_square_tokens(tokens_per_side: int) -> int:
+    """Tokens of a picture that is read as one square."""
+    return tokens_per_side**2
+
+
+def tile_rule(layout: str) -> TileRule:
+    """The rule of a layout's name."""
+    if layout not in TILE_RULES:
+        raise ValueError(f"unknown tile layout {layout!r}; choose one of {', '.join(TILE_RULES)}")
+    return TILE_RULES[layout]
+
+
+def check_hd_num(hd_num: int) -> int:
+    """`hd_num` as a plain integer, or an error that says what is wrong with it."""
+    if isinstance(hd_num, bool) or not hasattr(hd_num, "__index__"):
+        raise TypeError(f"hd_num must be an integer number of tiles, got {hd_num!r}")
+    if operator.index(hd_num) < 1:
+        raise ValueError(f"hd_num must be at least 1 tile, got {hd_num}")
+    return operator.index(hd_num)
+
+
+def check_size(height: int, width: int) -> None:
+    """Refuse a picture without pixels."""
+    if height < 1 or width < 1:
+        raise ValueError(f"a picture needs at least 1x1 px, got {width}x{height} px")
+
+
+def _lay_out(resized: Size, tile_size: int, *, centred: bool, transposed: bool) -> TilePlan:
+    """Pad a lying picture to whole tiles, then stand it up if that is how it came."""
+    height, width = (math.ceil(side / tile_size) * tile_size for side in resized)
+    if height * width > MAX_PLANNED_PIXELS:
+        raise ValueError(
+            f"the picture would take {height * width // tile_size**2} tiles of {tile_size} px, more than the "
+            f"limit of {MAX_PLANNED_PIXELS // tile_size**2}; lower hd_num or crop the picture"
+        )
+    offset = ((height - resized[0]) // 2, (width - resized[1]) // 2) if centred else (0, 0)
+    if transposed:
+        resized, offset, height, width = resized[::-1], offset[::-1], width, height
+    return TilePlan(resized, (height, width), offset, tile_size, transposed)
+
+
+def _fit_frame(height: int, width: int, *, long_side: int) -> Size:
+    """Scale a frame so that its longer side is `long_side`."""
+    check_size(height, width)
+    ratio = width / height
+    if width > height:
+        return max(1, int(long_side / ratio)), long_side
+    return long_side, max(1, int(long_side * ratio))
+
+
+# --- pictures ---
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB: upright by its EXIF orientation, transparency laid on white."""
+    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _grey_from_numbers(image)
+    if image.has_transparency_data:
+        return _on_white(image)
+    if image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Lay a picture with transparency on white."""
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image)
+    return canvas.convert("RGB")
+
+
+def _grey_from_numbers(image: Image.Image) -> Image.Image:
+    """A picture of numbers as RGB. White is 65535 for 16 bit, else the first candidate that covers it."""
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"a picture of mode {image.mode} holds values that are not finite")
+    low, high = values.min(), values.max()
+    candidates = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
+    white = next((value for value in candidates if high <= value), None)
+    if low < 0 or white is None:
+        raise ValueError(
+            f"a picture of mode {image.mode} holds {low:g}..{high:g}; scale it to 0..{candidates[-1]}"
+        )
+    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8)).convert("RGB")
+
+
+def tile_picture(image: Image.Image, plan: TilePlan) -> Image.Image:
+    """Resize a picture as planned and pad it with white to whole tiles."""
+    image = to_rgb(image)
+    height, width = plan.resized
+    if plan.transposed:
+        image = image.transpose(Image.Transpose.TRANSPOSE).resize((height, width), Image.Resampling.BILINEAR)
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    else:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    top, left = plan.offset
+    canvas = Image.new("RGB", plan.padded[::-1], "white")
+    canvas.paste(image, (left, top))
+    return canvas
+
+
+def square_picture(image: Image.Image, side: int) -> Image.Image:
+    """Resize a picture to side x side pixels, whatever its aspect."""
+    return to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def composite_frames(images: Sequence[Image.Image], font: Font, *, tile_size: int) -> Image.Image:
+    """Lay frames out on one picture, each under its label."""
+    images = [to_rgb(image) for image in images]
+    plan = plan_composite([image.size[::-1] for image in images], tile_size=tile_size)
+    canvas = Image.new("RGB", plan.size[::-1], "white")
+    draw = ImageDraw.Draw(canvas)
+    placed = zip(images, plan.frame_sizes, plan.positions, strict=True)
+    for index, (image, size, (top, left)) in enumerate(placed):
+        canvas.paste(image.resize(size[::-1], Image.Resampling.BILINEAR), (left, top + BAND))
+        draw.text((left, top), f"<IMAGE {index}>", font=font, fill="black")
+        if index + 1 < len(images):
+            draw.line(_gap_line(plan, size, (top, left)), fill="black", width=LINE_WIDTH)
+    return canvas
+
+
+def _gap_line(plan: FramePlan, size: Size, position: tuple[int, int]) -> list[tuple[int, int]]:
+    """The (x, y) ends of the line in the middle of the gap after a frame."""
+    if plan.stacked:
+        y = position[0] + BAND + size[0] + GAP // 2
+        return [(0, y), (plan.size[1], y)]
+    x = position[1] + size[1] + GAP // 2
+    return [(x, 0), (x, plan.size[0])]
+
+
+def get_font(path: "str | PathLike | None" = None, *, size: int = FONT_SIZE) -> Font:
+    """The font of frame labels: Pillow's own, or a font file (the checkpoints saw SimHei)."""
+    return ImageFont.load_default(size=size) if path is None else ImageFont.truetype(path, size=size)
+
+
+# --- the names that clients of the published code import ---
+
+
+def Image_transform(img: Image.Image, hd_num: int = 25, *, tile_size: int = TILE_SIZE) -> Image.Image:
+    """The picture as 2.5 reads it, padded at the bottom (right, if it is a portrait) to whole tiles."""
+    return _tile_by_rule(img, hd_num, tile_size, "bottom")
+
+
+def HD_transform(img: Image.Image, hd_num: int = 16, *, tile_size: int = TILE_SIZE_4KHD) -> Image.Image:
+    """The picture as 4KHD reads it, enlarged to the whole budget."""
+    return _tile_by_rule(img, hd_num, tile_size, "always")
+
+
+def R560_HD18_Identity_transform(
+    img: Image.Image, hd_num: int = 18, *, tile_size: int = TILE_SIZE
+) -> Image.Image:
+    """The picture as the published finetuning and evaluation of 2.5 prepare it."""
+    return _tile_by_rule(img, hd_num, tile_size, "centred")
+
+
+def Video_transform(img: Image.Image, hd_num: int = 25, *, tile_size: int = TILE_SIZE) -> Image.Image:
+    """A composite of video frames as 2.5 reads it. `hd_num` is accepted for old callers and plays no part."""
+    return tile_picture(img, plan_video(*_upright_size(img), tile_size=tile_size))
+
+
+def frame2img(
+    images: Sequence[Image.Image], font: Font | None = None, *, tile_size: int = TILE_SIZE
+) -> Image.Image:
+    """One picture of all frames, each labelled `<IMAGE i>`."""
+    return composite_frames(images, font or get_font(), tile_size=tile_size)
+
+
+def load_video(
+    source: "str | PathLike | bytes | BytesIO | Sequence[Image.Image]",
+    *,
+    max_frames: int = MAX_FRAMES,
+    fps: float = 1.0,
+) -> list[Image.Image]:
+    """The sampled frames of a video file, its bytes, or a list of frames."""
+    try:
+        from .media_internlm_xcomposer2 import load_video as read_video
+    except ImportError:
+        if __package__:
+            raise
+        # Clients put a model directory on sys.path and import this file as a top-level module.
+        from media_internlm_xcomposer2 import load_video as read_video
+    return read_video(source, max_frames=max_frames, fps=fps)
+
+
+def _tile_by_rule(image: Image.Image, hd_num: int, tile_size: int, layout: str) -> Image.Image:
+    height, width = _upright_size(image)
+    return tile_picture(image, plan_tiles(height, width, tile_size=tile_size, hd_num=hd_num, layout=layout))
+
+
+def _upright_size(image: Image.Image) -> Size:
+    """(height, width) of a picture once its EXIF orientation is honoured."""
+    turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    return image.size if turned else image.size[::-1]

@@ -1,0 +1,376 @@
+"""Pictures and videos from wherever callers keep them, as RGB PIL pictures.
+
+Content decides what a file is; its name is asked only where the content is silent or out of reach. Whatever
+is wrong with a source is a `FileNotFoundError`, `ValueError` or `TypeError` here, before any computing.
+Nothing reaches for the network except an http(s) URL that the caller passed.
+"""
+
+import base64
+import binascii
+import io
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+try:
+    from .ixc_utils import MAX_FRAMES, plan_frames, to_rgb
+    from .video_internlm_xcomposer2 import open_video
+except ImportError:
+    if __package__:
+        raise
+    # A model directory on sys.path, this file imported as a top-level module.
+    from ixc_utils import MAX_FRAMES, plan_frames, to_rgb
+    from video_internlm_xcomposer2 import open_video
+
+MediaSource = (
+    str | os.PathLike | bytes | bytearray | io.BytesIO | BinaryIO | Image.Image | np.ndarray | torch.Tensor
+)
+
+TIMEOUT = 20.0  # seconds that a URL may take altogether
+MAX_IMAGE_BYTES = 128 << 20
+MAX_VIDEO_BYTES = 1 << 30
+MAX_IMAGE_PIXELS = 178_956_970  # where Pillow itself stops by default
+MAX_FRAME_PIXELS = 8192 * 4320
+
+# Formats that Pillow decodes itself: none that start a program or draw vectors.
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
+IMAGE_EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".ico", ".jp2", ".avif")
+)
+VIDEO_EXTENSIONS = frozenset(
+    (".mp4", ".m4v", ".avi", ".mkv", ".mov", ".wmv", ".webm", ".flv", ".mpg", ".mpeg", ".ts", ".3gp", ".ogv")
+)
+
+HEAD_BYTES = 512
+PICTURE_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1", b"jxl "})
+VIDEO_SIGNATURES = (
+    (0, b"\x1a\x45\xdf\xa3"),  # Matroska, WebM
+    (8, b"AVI "),
+    (0, b"FLV\x01"),
+    (0, b"OggS"),
+    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),  # ASF: wmv
+    (0, b"\x00\x00\x01\xba"),  # MPEG program stream
+    (0, b"\x00\x00\x01\xb3"),  # MPEG video
+    (4, b"moov"),
+    (4, b"mdat"),
+    (4, b"wide"),
+    (4, b"free"),
+    (4, b"skip"),
+)
+# Where the packets of an MPEG transport stream begin: bare, or with the time stamps of a camcorder.
+TRANSPORT_STREAM_STARTS = ((0, 188, 376), (4, 196, 388))
+
+
+# --- pictures ---
+
+
+def load_image(
+    source: MediaSource,
+    *,
+    timeout: float = TIMEOUT,
+    max_bytes: int = MAX_IMAGE_BYTES,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+) -> Image.Image:
+    """Read one picture as upright RGB.
+
+    `source` is a path, PIL picture, bytes, binary file, `data:` URI, http(s) URL, array of (height, width[,
+    channels]) or tensor of (channels, height, width) or as an array. Numbers are uint8, or floats in 0..1.
+    """
+    if isinstance(source, Image.Image):
+        return _finish_image(source, "the PIL picture", max_pixels)
+    if isinstance(source, torch.Tensor):
+        source = _tensor_to_array(source)
+    if isinstance(source, np.ndarray):
+        return _finish_image(_array_to_image(source), "the array", max_pixels)
+    name = describe(source)
+    with _open_source(source, timeout=timeout, max_bytes=max_bytes) as file:
+        if _looks_like_video(_peek(file)):
+            raise ValueError(f"{name} is a video; pass it as a video, or one of its frames as a picture")
+        return _finish_image(_open_image(file, name), name, max_pixels)
+
+
+def _open_image(file: BinaryIO, name: str) -> Image.Image:
+    """Read a picture's header. The formats are ours, Pillow's global registry stays as it is."""
+    Image.init()
+    formats = [kind for kind in IMAGE_FORMATS if kind in Image.OPEN]
+    try:
+        return Image.open(file, formats=formats)
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{name} is not a picture in a known format ({', '.join(formats)})") from None
+    except Exception as error:  # decoders raise anything at all on hostile input
+        raise ValueError(f"{name} can't be read as a picture: {error}") from error
+
+
+def _finish_image(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    """Check the size that the header promises, then decode."""
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ValueError(f"{name} is empty: {width}x{height} px")
+    if width * height > max_pixels:
+        raise ValueError(f"{name} has {width}x{height} px, beyond the limit of {max_pixels}; scale it down")
+    try:
+        image.load()
+    except Exception as error:  # decoders raise anything at all on hostile input
+        raise ValueError(f"{name} is truncated or broken: {error}") from error
+    return to_rgb(image)
+
+
+def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
+    """(channels, height, width), (height, width[, channels]) -> (height, width[, channels])."""
+    tensor = tensor.detach().cpu()
+    if tensor.dim() == 3 and tensor.shape[0] in (1, 3, 4):
+        tensor = tensor.permute(1, 2, 0)
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _array_to_image(array: np.ndarray) -> Image.Image:
+    """(height, width[, 1, 3 or 4]) of uint8, or of floats in 0..1 -> PIL picture."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or array.size == 0:
+        raise ValueError(f"a picture array has shape (height, width[, 1, 3 or 4]), got {array.shape}")
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = float(array.min()), float(array.max())
+        if not (low >= 0 and high <= 1):  # NaN fails both
+            raise ValueError(f"float pixels must be finite and in 0..1, got {low:g}..{high:g}; rescale them")
+        array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"pixels must be uint8 or float, got {array.dtype}; convert them")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+# --- videos ---
+
+
+def is_video(source: object) -> bool:
+    """Whether a source is a video or a list of frames: by its content, else by extension or media type."""
+    if isinstance(source, (list, tuple)):
+        return True
+    if isinstance(source, (bytes, bytearray)):
+        return _looks_like_video(bytes(source[:HEAD_BYTES]))
+    if isinstance(source, io.BytesIO):
+        return _looks_like_video(bytes(source.getbuffer()[:HEAD_BYTES]))
+    if not isinstance(source, (str, os.PathLike)):
+        return False
+    name = os.fsdecode(source)
+    if name.startswith("data:"):
+        return name.startswith("data:video/")
+    if _scheme(name):
+        return Path(urllib.parse.urlsplit(name).path).suffix.lower() in VIDEO_EXTENSIONS
+    head = _file_head(name)
+    if _looks_like_video(head):
+        return True
+    return Path(name).suffix.lower() in VIDEO_EXTENSIONS and not _looks_like_picture(head)
+
+
+def load_video(
+    source: MediaSource | Sequence[MediaSource],
+    *,
+    max_frames: int = MAX_FRAMES,
+    fps: float = 1.0,
+    timeout: float = TIMEOUT,
+    max_bytes: int = MAX_VIDEO_BYTES,
+    max_frame_pixels: int = MAX_FRAME_PIXELS,
+) -> list[Image.Image]:
+    """Read sampled frames of a video: a path, bytes, binary file, `data:` URI, URL, or a list of frames.
+
+    A file gives `fps` frames per second, thinned out evenly to `max_frames`; a list is only thinned out.
+    """
+    if isinstance(source, (list, tuple)):
+        indices = plan_frames(len(source), fps, fps=fps, max_frames=max_frames)
+        return [load_image(source[index], max_pixels=max_frame_pixels) for index in indices]
+    name = describe(source)
+    with _open_source(source, timeout=timeout, max_bytes=max_bytes) as file:
+        head = _peek(file)
+        if _looks_like_picture(head):
+            raise ValueError(f"{name} is a picture, not a video; pass it as a picture")
+        if not _looks_like_video(head):
+            raise ValueError(f"{name} is not a video in a known format")
+        try:
+            with open_video(file, max_frame_pixels=max_frame_pixels) as video:
+                indices = plan_frames(video.num_frames, video.average_fps, fps=fps, max_frames=max_frames)
+                return video.frames(indices)
+        except ValueError as error:
+            raise ValueError(f"{name} can't be read as a video: {error}") from error
+
+
+# --- where they lie ---
+
+
+def describe(source: object) -> str:
+    """A short name of a source for error messages."""
+    if isinstance(source, (str, os.PathLike)):
+        name = os.fsdecode(source)
+        return "the data: URI" if name.startswith("data:") else f"'{name[:200]}'"
+    if isinstance(source, (bytes, bytearray)):
+        return f"the content given ({len(source)} bytes)"
+    return f"the {type(source).__name__} object"
+
+
+def _open_source(source: MediaSource, *, timeout: float, max_bytes: int) -> BinaryIO:
+    """Open whatever holds encoded bytes as a seekable file that is not empty."""
+    if isinstance(source, (bytes, bytearray)):
+        content = bytes(source)
+    elif isinstance(source, io.BytesIO):
+        content = source.getvalue()  # wherever the caller's position stands
+    elif hasattr(source, "read"):
+        content = _read_file_object(source, max_bytes)
+    elif not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"a picture or video can't be read from {type(source).__name__}")
+    else:
+        name = os.fsdecode(source)
+        if name.startswith("data:"):
+            content = _decode_data_uri(name, max_bytes)
+        elif _scheme(name):
+            content = _fetch(name, timeout=timeout, max_bytes=max_bytes)
+        else:
+            return _open_path(Path(name))
+    if not content:
+        raise ValueError(f"{describe(source)} is empty: 0 bytes")
+    return io.BytesIO(content)
+
+
+def _open_path(path: Path) -> BinaryIO:
+    try:
+        if not path.exists():
+            raise FileNotFoundError(f"no such file: '{path}'")
+        if not path.is_file():
+            raise ValueError(f"'{path}' is not a file")
+        if path.stat().st_size == 0:
+            raise ValueError(f"'{path}' is empty: 0 bytes")
+        return path.open("rb")
+    except OSError as error:
+        if isinstance(error, (FileNotFoundError, PermissionError)):
+            raise
+        raise ValueError(f"'{str(path)[:200]}' is not a usable path: {error.strerror}") from error
+
+
+def _read_file_object(file: BinaryIO, max_bytes: int) -> bytes:
+    content = file.read(max_bytes + 1)
+    if not isinstance(content, bytes):
+        raise TypeError(f"a media file must be open in binary mode, read {type(content).__name__}")
+    if len(content) > max_bytes:
+        raise ValueError(f"the file holds more than the limit of {max_bytes} bytes")
+    return content
+
+
+def _decode_data_uri(uri: str, max_bytes: int) -> bytes:
+    """The bytes of `data:[type][;base64],...`."""
+    head, comma, body = uri.partition(",")
+    if not comma:
+        raise ValueError("the data: URI has no comma, so no content")
+    if len(body) > 4 * (max_bytes // 3 + 1):
+        raise ValueError(f"the data: URI has {len(body)} characters, beyond the limit of {max_bytes} bytes")
+    body = urllib.parse.unquote_to_bytes(body)
+    if not head.endswith(";base64"):
+        return body
+    try:
+        return base64.b64decode(re.sub(rb"\s", b"", body), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"the data: URI is not valid base64: {error}") from error
+
+
+def _scheme(name: str) -> str | None:
+    """`https` of `https://...`, None for a path."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", name)
+    return match and match[1].lower()
+
+
+def _fetch(url: str, *, timeout: float, max_bytes: int) -> bytes:
+    """Read a URL, http or https only, redirects included, within `timeout` seconds and `max_bytes`."""
+    if _scheme(url) not in ("http", "https"):
+        raise ValueError(f"only http and https URLs are read, got {url[:200]!r}")
+    deadline = time.monotonic() + timeout
+    try:
+        with _http_opener().open(url, timeout=timeout) as response:
+            content = _read_response(response, deadline, max_bytes)
+    except _TooMuch as error:
+        raise ValueError(f"{url[:200]!r} {error}") from None
+    except (OSError, ValueError, urllib.error.URLError) as error:
+        raise ValueError(f"{url[:200]!r} can't be read: {error}") from error
+    except Exception as error:  # http.client's own errors are neither
+        raise ValueError(f"{url[:200]!r} answered nonsense: {error!r}") from error
+    return content
+
+
+class _TooMuch(Exception):
+    """A URL that goes beyond a limit."""
+
+
+def _http_opener() -> urllib.request.OpenerDirector:
+    """urllib without its handlers for ftp, files and data, so that no redirect leads there."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
+def _read_response(response: "urllib.response.addinfourl", deadline: float, max_bytes: int) -> bytes:
+    """Read piece by piece, so that neither a slow nor an endless answer goes on."""
+    promised = int(response.headers.get("Content-Length") or 0)
+    if promised > max_bytes:
+        raise _TooMuch(f"promises {promised} bytes, more than the limit of {max_bytes}")
+    content = bytearray()
+    while piece := response.read1(1 << 16):
+        content += piece
+        if len(content) > max_bytes:
+            raise _TooMuch(f"sends more than the limit of {max_bytes} bytes")
+        if time.monotonic() > deadline:
+            raise _TooMuch(f"is too slow: {len(content)} bytes in the time allowed")
+    if len(content) < promised:
+        raise _TooMuch(f"broke off after {len(content)} of {promised} bytes")
+    return bytes(content)
+
+
+# --- what they are ---
+
+
+def _peek(file: BinaryIO) -> bytes:
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
+    return head
+
+
+def _file_head(name: str) -> bytes:
+    """The first bytes of a file, nothing if there is none to read."""
+    try:
+        if not os.path.isfile(name):
+            return b""
+        with open(name, "rb") as file:
+            return file.read(HEAD_BYTES)
+    except (OSError, ValueError):
+        return b""
+
+
+def _looks_like_video(head: bytes) -> bool:
+    if head[4:8] == b"ftyp":
+        return head[8:12] not in PICTURE_BRANDS
+    if any(head[start : start + len(mark)] == mark for start, mark in VIDEO_SIGNATURES):
+        return True
+    return any(all(head[start : start + 1] == b"G" for start in starts) for starts in TRANSPORT_STREAM_STARTS)
+
+
+def _looks_like_picture(head: bytes) -> bool:
+    """Whether these first bytes are a picture, which a video reader would take for a film of one frame."""
+    marks = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+    riff = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    heif = head[4:8] == b"ftyp" and head[8:12] in PICTURE_BRANDS
+    return head.startswith(marks) or riff or heif

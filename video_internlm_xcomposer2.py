@@ -1,0 +1,192 @@
+"""Frames of a video file by index, through PyAV or, where that is what is installed, decord."""
+
+import importlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from fractions import Fraction
+from types import ModuleType, TracebackType
+from typing import BinaryIO
+
+from PIL import Image
+
+
+# Formats (by FFmpeg's names) whose times lead to the same frames that counting would give; others are counted.
+TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+CUT_SILENTLY = ("matroska,webm", "asf")
+
+
+class VideoError(ValueError):
+    """What is wrong with a video, told without its name."""
+
+
+class PyAVReader:
+    """Decodes with PyAV, jumping from keyframe to keyframe; only frames asked for become pictures."""
+
+    def __init__(self, av: ModuleType, file: BinaryIO, max_frame_pixels: int):
+        self.errors = (av.FFmpegError, EOFError, OverflowError)
+        self.max_frame_pixels = max_frame_pixels
+        try:
+            # Formats that point to other files or addresses must not follow them.
+            self.container = av.open(file, metadata_errors="ignore", options={"protocol_whitelist": "none"})
+        except (*self.errors, ValueError) as error:
+            raise VideoError(f"unknown or truncated ({_reason(error)})") from error
+
+    def __enter__(self) -> "PyAVReader":
+        try:
+            if not self.container.streams.video:
+                raise VideoError("it has no video track")
+            self.stream = self.container.streams.video[0]
+            self.stream.thread_type = "AUTO"
+            check_frame_size(self.stream.width, self.stream.height, self.max_frame_pixels)
+            self._read_index()
+        except BaseException:
+            self.container.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.container.close()
+
+    def _read_index(self) -> None:
+        """Read when each frame is shown, and which ones can be decoded from, without decoding any."""
+        times, keys, end = [], [], 0.0
+        try:
+            for packet in self.container.demux():
+                if packet.pts is not None:
+                    end = max(end, float(packet.pts * packet.time_base))
+                if packet.stream is not self.stream or not packet.size or packet.is_discard:
+                    continue
+                if packet.is_corrupt:
+                    raise VideoError(f"truncated after {len(times)} frames")
+                times.append(packet.pts)
+                keys += [packet.pts] if packet.is_keyframe else []
+        except self.errors as error:
+            raise VideoError(f"truncated or broken after {len(times)} frames ({_reason(error)})") from error
+        self._check_end(end)
+        self.num_frames = len(times)
+        self.average_fps = float(self.stream.average_rate or self.stream.guessed_rate or Fraction(1))
+        self.is_timed = self.container.format.name in TIMED_FORMATS and None not in times
+        self.times, self.keys = (sorted(times), sorted(keys)) if self.is_timed else ([], [])
+
+    def _check_end(self, end: float) -> None:
+        """Refuse a file that stops well before its header says, in formats that can be cut unnoticed."""
+        duration = (self.container.duration or 0) / 1_000_000
+        if self.container.format.name in CUT_SILENTLY and duration - end > max(1.0, duration * 0.05):
+            raise VideoError(f"truncated: it stops at {end:.1f} of {duration:.1f} seconds")
+
+    def frames(self, indices: Sequence[int]) -> list[Image.Image]:
+        """The frames of ascending `indices`."""
+        try:
+            found = self._by_time(indices) if self.is_timed else None
+            found = found or self._by_count(indices)
+        except self.errors as error:
+            raise VideoError(f"decoding failed ({_reason(error)})") from error
+        if len(found) < len(indices):
+            raise VideoError(f"only {len(found)} of the {len(indices)} sampled frames can be decoded")
+        return found
+
+    def _by_time(self, indices: Sequence[int]) -> list[Image.Image] | None:
+        """Jump to the keyframe before each frame. None where the file's times don't lead to its frames."""
+        found, position, decoded = [], None, iter(())
+        for wanted in (self.times[index] for index in indices):
+            num_keys_before = bisect_right(self.keys, wanted)
+            key = self.keys[num_keys_before - 1] if num_keys_before else self.times[0]
+            if position is None or key > position:
+                self.container.seek(key, stream=self.stream)
+                decoded = self.container.decode(self.stream)
+            frame = next((frame for frame in decoded if frame.pts is None or frame.pts >= wanted), None)
+            if frame is None or frame.pts != wanted:
+                return None
+            found.append(self._to_image(frame))
+            position = wanted
+        return found
+
+    def _by_count(self, indices: Sequence[int]) -> list[Image.Image]:
+        """Decode from the start and count."""
+        self.container.seek(0)
+        wanted, found = set(indices), []
+        for index, frame in enumerate(self.container.decode(self.stream)):
+            if index in wanted:
+                found.append(self._to_image(frame))
+            if len(found) == len(wanted):
+                break
+        return found
+
+    def _to_image(self, frame: "VideoFrame") -> Image.Image:  # noqa: F821
+        """Convert one decoded frame, turned upright as its display matrix says."""
+        check_frame_size(frame.width, frame.height, self.max_frame_pixels)
+        turn = _TURNS.get(int(getattr(frame, "rotation", 0)) % 360)
+        image = frame.to_image()
+        return image if turn is None else image.transpose(turn)
+
+
+_TURNS = {
+    90: Image.Transpose.ROTATE_90,
+    180: Image.Transpose.ROTATE_180,
+    270: Image.Transpose.ROTATE_270,
+}
+
+
+class DecordReader:
+    """Decodes with decord, one frame at a time."""
+
+    def __init__(self, decord: ModuleType, file: BinaryIO, max_frame_pixels: int):
+        self.errors = (decord.DECORDError, RuntimeError, IndexError)
+        self.max_frame_pixels = max_frame_pixels
+        try:
+            self.video = decord.VideoReader(file)
+            self.num_frames, self.average_fps = len(self.video), float(self.video.get_avg_fps())
+        except self.errors as error:
+            raise VideoError(f"unknown or truncated ({_reason(error)})") from error
+
+    def __enter__(self) -> "DecordReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self.video
+
+    def frames(self, indices: Sequence[int]) -> list[Image.Image]:
+        """The frames of ascending `indices`."""
+        return [self._frame(index) for index in indices]
+
+    def _frame(self, index: int) -> Image.Image:
+        try:
+            pixels = self.video[index].asnumpy()
+        except self.errors as error:
+            raise VideoError(f"frame {index} can't be decoded ({_reason(error)})") from error
+        check_frame_size(pixels.shape[1], pixels.shape[0], self.max_frame_pixels)
+        return Image.fromarray(pixels)
+
+
+def open_video(file: BinaryIO, *, max_frame_pixels: int) -> PyAVReader | DecordReader:
+    """Open a video with whatever reader is installed; use it in a `with` block."""
+    for name, reader in (("av", PyAVReader), ("decord", DecordReader)):
+        module = _optional_module(name)
+        if module is not None:
+            return reader(module, file, max_frame_pixels)
+    raise ImportError("reading videos needs PyAV: pip install av (or decord: pip install decord)")
+
+
+def check_frame_size(width: int, height: int, max_frame_pixels: int) -> None:
+    """Refuse frames that are empty or would not fit in memory."""
+    if width < 1 or height < 1:
+        raise VideoError(f"its frames are empty: {width}x{height} px")
+    if width * height > max_frame_pixels:
+        raise VideoError(f"its frames have {width}x{height} px, more than the limit of {max_frame_pixels}")
+
+
+def _optional_module(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def _reason(error: Exception) -> str:
+    """What a library says about a failure, without its stack and its names for files."""
+    message = getattr(error, "strerror", None) or str(error)
+    return next(iter(message.splitlines()), type(error).__name__)
