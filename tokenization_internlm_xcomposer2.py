@@ -124,6 +124,10 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
         return self.sp_model.piece_to_id(token)
 
     def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < self.vocab_size:
+            raise ValueError(
+                f"token id {index} is outside 0..{self.vocab_size - 1}: wrong tokenizer for this model?"
+            )
         return self.sp_model.id_to_piece(index)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:

@@ -117,6 +117,7 @@ def test_published_facts(published):
         info["truncation_side"],
     )
     assert str(published.get_added_vocab()) == info["added"]
+    assert dict(published(["a b c", "hello"], padding=True)) == info["pad_example"]
 
 
 @needs_published_tokenizer
@@ -315,6 +316,12 @@ def test_damaged_vocabulary(directory, tmp_path, damage):
     (tmp_path / "tokenizer.model").write_bytes(pieces[damage])
     with pytest.raises(ValueError, match="tokenizer.model"):
         InternLMXComposer2Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("index", [-1, 320])
+def test_unknown_ids_are_refused(tokenizer, index):
+    with pytest.raises(ValueError, match=f"{index} is outside 0..319"):
+        tokenizer.decode([1, index])
 
 
 def test_vocabulary_of_another_family(tmp_path):
