@@ -23,7 +23,7 @@ import sentencepiece
 from .questions import COLOURS, NUMBER_WORDS, PAIR_FRAMES, PLURALS, QUESTIONS, SHAPES
 
 MARKUP_PIECES = ("[UNUSED_TOKEN_0]", "[UNUSED_TOKEN_1]", "[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]")
-REQUIRED_CHARACTERS = string.ascii_letters + string.digits + ".,:;!?'\"()<>[]{}/\\-_+*=#%&@$|~`^"
+ALPHABET = string.ascii_letters + string.digits + ".,:;!?'\"()<>[]{}/\\-_+*=#%&@$|~`^"
 
 PARAPHRASES = """
 What digits are printed in the photo?
@@ -75,7 +75,8 @@ def corpus() -> list[str]:
     small_talk = SMALL_TALK.strip().split("\n")
     paraphrases = PARAPHRASES.strip().split("\n")
     inside = [f" {word}" for word in (*closed_answers, *PLURALS.values(), "first", "second")]
-    return questions() * 12 + paraphrases * 6 + small_talk + roles * 60 + closed_answers * 40 + inside * 30
+    sentences = questions() * 12 + paraphrases * 6 + small_talk + roles * 60
+    return [*ALPHABET, *sentences, *closed_answers * 40, *inside * 30]
 
 
 def questions() -> list[str]:
@@ -108,7 +109,6 @@ def train(num_pieces: int) -> bytes:
         eos_id=2,
         pad_id=-1,
         user_defined_symbols=list(MARKUP_PIECES),
-        required_chars=REQUIRED_CHARACTERS,
         character_coverage=1.0,
         byte_fallback=True,
         split_digits=True,
