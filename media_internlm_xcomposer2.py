@@ -294,9 +294,12 @@ def _fetch(url: str, *, timeout: float, max_bytes: int) -> bytes:
     try:
         with _http_opener().open(url, timeout=timeout) as response:
             content = _read_response(response, deadline, max_bytes)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise ValueError(f"{url[:200]!r} can't be read: {error}") from None
     except _TooMuch as error:
         raise ValueError(f"{url[:200]!r} {error}") from None
-    except (OSError, ValueError, urllib.error.URLError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{url[:200]!r} can't be read: {error}") from error
     except Exception as error:  # http.client's own errors are neither
         raise ValueError(f"{url[:200]!r} answered nonsense: {error!r}") from error

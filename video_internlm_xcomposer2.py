@@ -9,10 +9,9 @@ from typing import BinaryIO
 
 from PIL import Image
 
-
-# Formats (by FFmpeg's names) whose times lead to the same frames that counting would give; others are counted.
+# By FFmpeg's names of formats: where times lead to the frames that counting would give; others are counted.
 TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-CUT_SILENTLY = ("matroska,webm", "asf")
+CUT_SILENTLY = ("matroska,webm",)
 
 
 class VideoError(ValueError):
@@ -71,7 +70,7 @@ class PyAVReader:
         self.times, self.keys = (sorted(times), sorted(keys)) if self.is_timed else ([], [])
 
     def _check_end(self, end: float) -> None:
-        """Refuse a file that stops well before its header says, in formats that can be cut unnoticed."""
+        """Refuse a file that stops well before its header says, where cutting goes unnoticed otherwise."""
         duration = (self.container.duration or 0) / 1_000_000
         if self.container.format.name in CUT_SILENTLY and duration - end > max(1.0, duration * 0.05):
             raise VideoError(f"truncated: it stops at {end:.1f} of {duration:.1f} seconds")

@@ -1,11 +1,21 @@
-"""Shared by the tests: where goldens lie, and weights made from their recipe."""
+"""Shared by the tests: where goldens lie, checkpoints made from their recipe, and small models."""
 
+import hashlib
+import json
 import os
+import zlib
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
+FAMILIES = ("2", "vl", "4khd", "2d5", "2d5-ol")
+VERSION_OF_FAMILY = {"2": "2", "vl": "2", "4khd": "2-4khd", "2d5": "2.5", "2d5-ol": "2.5"}
 
 
 def golden_directory() -> Path:
@@ -23,3 +33,91 @@ needs_published_tokenizer = pytest.mark.skipif(
     published_tokenizer() is None,
     reason="set IXC2_TOKENIZER to the tokenizer.model of a published checkpoint",
 )
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@lru_cache
+def family_config(family: str) -> dict:
+    """`config.json` of a golden family."""
+    return read_json(golden_directory() / family / "config.json")
+
+
+def golden_cases(family: str) -> list[str]:
+    """Names of the family's cases that call the model with a prompt."""
+    names = sorted(path.stem for path in (golden_directory() / family).glob("*.safetensors"))
+    return [name for name in names if not name.startswith("train")]
+
+
+def golden_case(family: str, name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What a case records: its JSON and its tensors."""
+    folder = golden_directory() / family
+    return read_json(folder / f"{name}.json"), load_file(folder / f"{name}.safetensors")
+
+
+def recipe_tensor(key: str, shape: list[int]) -> np.ndarray:
+    """The weights of a key, as the recipe of the goldens draws them: float16 values in float32."""
+    rng = np.random.RandomState(zlib.crc32(key.encode()) & 0xFFFFFFFF)
+    t = rng.standard_normal(size=shape).astype(np.float32)
+    return (_scaled(t, key, shape)).astype(np.float16).astype(np.float32)
+
+
+def _scaled(t: np.ndarray, key: str, shape: list[int]) -> np.ndarray:
+    last = key.rsplit(".", 1)[-1]
+    fixed = {"tok_embeddings.weight": 0.5, "position_embedding.weight": 0.3, "class_embedding": 0.5}
+    for ending, factor in fixed.items():
+        if key.endswith(ending):
+            return t * np.float32(factor)
+    if "plora_" in key:
+        return t * np.float32(0.5)
+    if "norm" in key or "layrnorm" in key:
+        return 1 + np.float32(0.1) * t if last == "weight" else np.float32(0.05) * t
+    if last == "bias":
+        return t * np.float32(0.05)
+    if key.endswith("patch_embedding.weight"):
+        return t / np.float32(np.sqrt(np.prod(shape[1:])))
+    for ending, factor in {"_B.weight": 0.5, "wqkv.weight": 1.8, "q_proj.weight": 1.8, "k_proj.weight": 1.8}.items():
+        if key.endswith(ending):
+            return t * np.float32(factor / np.sqrt(shape[1]))
+    if key == "output.weight":
+        return t * np.float32(1.5 / np.sqrt(shape[1]))
+    return t / np.float32(np.sqrt(shape[1]))
+
+
+def recipe_state_dict(family: str) -> dict[str, torch.Tensor]:
+    """All weights of a golden family under their published names; checked against the recorded hash."""
+    config = family_config(family)
+    weights = {key: recipe_tensor(key, shape) for key, shape in config["state_dict_shapes"].items()}
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        digest.update(key.encode())
+        digest.update(weights[key].tobytes())
+    assert digest.hexdigest() == config["state_dict_sha256"]
+    return {key: torch.from_numpy(value) for key, value in weights.items()}
+
+
+def published_config(family: str) -> dict:
+    """A `config.json` as published: flat, asking for flash attention, silent about the tower's sizes."""
+    fields = {**family_config(family)["config"], "attn_implementation": "flash_attention_2"}
+    heads = family_config(family)["clip_config"]["num_attention_heads"]
+    return {
+        **fields,
+        "architectures": ["InternLMXComposer2ForCausalLM"],
+        "model_type": "internlm2",
+        "vision_config": {**family_config(family)["clip_config"], "num_attention_heads": heads},
+        "auto_map": {
+            "AutoConfig": "configuration_internlm_xcomposer2.InternLMXcomposer2Config",
+            "AutoModel": "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM",
+            "AutoModelForCausalLM": "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM",
+        },
+    }
+
+
+def write_checkpoint(directory: Path, family: str, **config_changes) -> Path:
+    """A checkpoint of a golden family in the published layout."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(recipe_state_dict(family), directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps({**published_config(family), **config_changes}))
+    return directory

@@ -1,0 +1,281 @@
+"""Vision tower, 2x2 merge, projector and the Partial LoRA linear, built from a configuration, loading nothing."""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers.models.clip.configuration_clip import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPPreTrainedModel, CLIPVisionEmbeddings
+
+from .configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2Config
+
+# How many tiles go through the tower at once: bounds the memory of a 4K picture or a long video.
+MAX_TILES_PER_BATCH = 8
+
+
+def merge_2x2(features: Tensor) -> Tensor:
+    """(tiles, patches, width) -> (tiles, side / 2, side / 2, 4 * width), channels ordered (dy, dx, width)."""
+    side = int(features.shape[1] ** 0.5)
+    return rearrange(features, "t (y dy x dx) c -> t y x (dy dx c)", y=side // 2, dy=2, dx=2)
+
+
+def append_newlines(raster: Tensor, newline: Tensor) -> Tensor:
+    """(rows, cols, width) raster and a newline vector of `width` -> (rows * (cols + 1), width)."""
+    column = newline.to(raster.dtype).reshape(1, 1, -1).expand(raster.shape[0], 1, -1)
+    return torch.cat([raster, column], dim=1).flatten(0, 1)
+
+
+def assemble_tiles(features: Tensor, grid: tuple[int, int], separator: Tensor, newline: Tensor) -> Tensor:
+    """Put the tiles of one picture in the order in which the decoder reads them.
+
+    Args:
+        features: (1 + rows * cols, patches, width), the global view first, then the tiles row by row.
+        grid: (rows, cols) of the local tiles.
+        separator: `plora_glb_GN`, once between the global view and the rest.
+        newline: `plora_sub_GN`, after every row of tokens, those of the global view too.
+
+    Returns:
+        (tokens, 4 * width): `(rows * cols + 1) * m**2 + 1 + (rows + 1) * m` tokens for tiles m tokens wide.
+    """
+    rows, cols = grid
+    merged = merge_2x2(features)
+    local = rearrange(merged[1:], "(rows cols) y x c -> (rows y) (cols x) c", rows=rows, cols=cols)
+    between = separator.to(features.dtype).reshape(1, -1)
+    return torch.cat([append_newlines(merged[0], newline), between, append_newlines(local, newline)])
+
+
+class CLIPVisionTransformer(nn.Module):
+    """CLIP's image encoder under the names of the published state dicts (Radford et al., 2021)."""
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.embeddings = CLIPVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = CLIPEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(images, 3, side, side) -> (images, 1 + patches, width), before `post_layernorm`."""
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
+        return self.encoder(inputs_embeds=hidden_states).last_hidden_state
+
+
+class CLIPVisionBackbone(CLIPPreTrainedModel):
+    """The tower as a model of its own, so that it can be frozen, checkpointed and dispatched."""
+
+    config_class = CLIPVisionConfig
+    main_input_name = "pixel_values"
+    _no_split_modules = ["CLIPEncoderLayer"]
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__(config)
+        self.vision_model = CLIPVisionTransformer(config)
+        self.post_init()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.embeddings.patch_embedding
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(images, 3, side, side) -> (images, 1 + patches, width)."""
+        return self.vision_model(pixel_values)
+
+
+class CLIPVisionTower(nn.Module):
+    """`vit`: pictures or tiles -> features, the class token dropped.
+
+    Published attributes kept for clients: `vision_tower`, `vision_tower_name`, `select_layer`,
+    `select_feature`, `is_loaded`, `load_model`, `resize_pos`, `dtype`, `device`, `config`, `hidden_size`,
+    `num_patches`.
+    """
+
+    vision_tower_name = "openai/clip-vit-large-patch14-336"
+    select_layer = -1
+    select_feature = "patch"
+    is_loaded = True
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.vision_tower = CLIPVisionBackbone(config)
+
+    def load_model(self) -> None:
+        """Nothing to do: the tower is built with the model and loaded from its own checkpoint."""
+
+    def resize_pos(self) -> None:
+        """Nothing to do: the position table is built at the size that the configuration names."""
+
+    @property
+    def config(self) -> CLIPVisionConfig:
+        """The tower's configuration."""
+        return self.vision_tower.config
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of one patch feature."""
+        return self.config.hidden_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one square or tile."""
+        return (self.config.image_size // self.config.patch_size) ** 2
+
+    @property
+    def _weight(self) -> Tensor:
+        return self.vision_tower.vision_model.embeddings.patch_embedding.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the tower's weights."""
+        return self._weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tower's weights."""
+        return self._weight.device
+
+    def encode_tiles(self, tiles: Tensor) -> Tensor:
+        """(tiles, 3, side, side) of any dtype and device -> (tiles, patches, width) on the tower's."""
+        device = tiles.device if self.device.type == "meta" else self.device
+        chunks = tiles.split(MAX_TILES_PER_BATCH)
+        features = [self.vision_tower(chunk.to(device, self.dtype))[:, 1:] for chunk in chunks]
+        return features[0] if len(features) == 1 else torch.cat(features)
+
+    def assemble(self, features: Tensor, grids: list[tuple[int, int]], separator: Tensor, newline: Tensor):
+        """Features of all tiles of several pictures -> one (tokens, 4 * width) tensor per picture."""
+        counts = [1 + rows * cols for rows, cols in grids]
+        separator, newline = separator.to(features.device), newline.to(features.device)
+        pieces = zip(features.split(counts), grids, strict=True)
+        return [assemble_tiles(piece, grid, separator, newline) for piece, grid in pieces]
+
+    def forward(
+        self, images: Tensor | list[Tensor], glb_GN: Tensor | None = None, sub_GN: Tensor | None = None
+    ):
+        """The published call, in its three forms.
+
+        Args:
+            images: (images, 3, side, side), or a list of (1, 3, height, width).
+            glb_GN, sub_GN: the newline vectors of the tiled versions.
+
+        Returns:
+            Without newline vectors (images, patches, width), or for a list a list of (1, patches, width).
+            With them, for a list of padded pictures of any multiple of the tile's side, all tokens as
+            (1, tokens, 4 * width) and how many belong to each picture.
+        """
+        if glb_GN is None:
+            if isinstance(images, list | tuple):
+                return list(self.encode_tiles(torch.cat(list(images))).split(1))
+            return self.encode_tiles(images)
+        from .image_processing_internlm_xcomposer2 import split_tiles
+
+        side = self.config.image_size
+        grids = [(image.shape[-2] // side, image.shape[-1] // side) for image in images]
+        tiles = torch.cat([split_tiles(image.reshape(image.shape[-3:]), side) for image in images])
+        embeds = self.assemble(self.encode_tiles(tiles), grids, glb_GN, sub_GN)
+        return torch.cat(embeds)[None], [len(embed) for embed in embeds]
+
+
+class PLoRA(nn.Module):
+    """A linear layer whose low-rank weights act on image tokens only (Partial LoRA, arXiv:2401.16420).
+
+    `y = W x` everywhere, plus `alpha / rank * B(A(dropout(x)))` on the tokens of pictures. Task adapters,
+    where a checkpoint has them, act on all tokens in the inference mode that names them. The plain linear is
+    a child of its own, so that a quantiser or an adapter library can replace it without touching the rest.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        lora_r: int = 256,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.05,
+        adapters: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=bias)
+        self.lora_dropout = nn.Dropout(lora_dropout)
+        self.lora_scaling = (lora_r if lora_alpha is None else lora_alpha) / lora_r
+        self.Plora_A = nn.Linear(in_features, lora_r, bias=False)
+        self.Plora_B = nn.Linear(lora_r, out_features, bias=False)
+        for name, rank in (adapters or {}).items():
+            self.add_module(f"lora_{name}_A", nn.Linear(in_features, rank, bias=False))
+            self.add_module(f"lora_{name}_B", nn.Linear(rank, out_features, bias=False))
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of the plain linear."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of the plain linear, if any."""
+        return self.linear.bias
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.linear.out_features
+
+    def forward(
+        self,
+        x: Tensor,
+        im_mask: Tensor | None = None,
+        infer_mode: str = "base",
+        image_rows: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, tokens, in) -> (batch, tokens, out).
+
+        Args:
+            im_mask: (batch, tokens), true on image tokens; any dtype and device.
+            infer_mode: `"base"`, `"write"` or `"web"`.
+            image_rows: the same as `im_mask` as indices into batch * tokens, worked out once per forward.
+        """
+        output = self.linear(x)
+        if image_rows is None and im_mask is not None:
+            image_rows = image_row_indices(im_mask, x.device)
+        if image_rows is not None and image_rows.numel():
+            output = self._add_on_rows(output, x, image_rows)
+        for name in ADAPTERS_OF_MODE[infer_mode]:
+            output = output + self._low_rank(x, f"lora_{name}")
+        return output
+
+    def _add_on_rows(self, output: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+        rows = rows.to(x.device)
+        picked = self.lora_dropout(x.reshape(-1, x.shape[-1])[rows])
+        delta = self._low_rank(picked, "Plora") * self.lora_scaling
+        flat = output.reshape(-1, output.shape[-1])
+        return flat.index_add(0, rows, delta.to(flat.dtype)).view(output.shape)
+
+    def _low_rank(self, x: Tensor, name: str) -> Tensor:
+        return getattr(self, f"{name}_B")(getattr(self, f"{name}_A")(x))
+
+
+def image_row_indices(im_mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """(batch, tokens) mask of any dtype -> indices into batch * tokens on `device`; `None` if none is set."""
+    if im_mask is None:
+        return None
+    rows = im_mask.to(device).bool().flatten().nonzero(as_tuple=True)[0]
+    return rows if rows.numel() else None
+
+
+def build_vision_tower(config: InternLMXcomposer2Config) -> CLIPVisionTower:
+    """The tower that `config.vision_config` describes, without weights."""
+    return CLIPVisionTower(config.vision_config)
+
+
+def build_projector(input_size: int, hidden_size: int) -> nn.Sequential:
+    """Linear, exact GELU, linear: (..., input_size) -> (..., hidden_size)."""
+    return nn.Sequential(nn.Linear(input_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+
+
+def build_vision_projector(config: InternLMXcomposer2Config) -> nn.Sequential:
+    """`vision_proj`: features of the tower (merged 2x2 where tiled) -> embeddings of the decoder."""
+    return build_projector(config.projector_input_size, config.text_config.hidden_size)

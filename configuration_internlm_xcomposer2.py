@@ -1,0 +1,484 @@
+"""Which numbers exist: every size, token id and rank of an InternLM-XComposer2 checkpoint.
+
+Published `config.json` files are flat and leave out most of what differs between the checkpoints of the
+family. `InternLMXcomposer2Config` accepts them as they are, fills in the defaults of their version, and
+`InternLMXcomposer2Config.complete_from_shapes` lets the weights have the last word.
+"""
+
+import copy
+import math
+import re
+
+from transformers import PreTrainedConfig
+from transformers.models.clip.configuration_clip import CLIPVisionConfig
+
+VERSIONS = ("2", "2-4khd", "2.5")
+
+# What `model_type` says in the published files; two of them name the text-only decoder.
+PUBLISHED_MODEL_TYPES = ("internlmxcomposer2", "internlm2", "internlm")
+
+# Adapters that each inference mode adds on every token, in the order in which they are added.
+ADAPTERS_OF_MODE = {"base": (), "write": ("sft", "dpo"), "web": ("web",)}
+
+# Sizes that differ between versions and that published files leave out (model cards and state dicts).
+_DEFAULTS = {
+    "2": {"image_size": 490, "hd_num": 1, "max_length": 4096, "wqkv": (None, None), "adapters": {}},
+    "2-4khd": {"image_size": 336, "hd_num": 25, "max_length": 16384, "wqkv": (8, 16), "adapters": {}},
+    "2.5": {
+        "image_size": 560,
+        "hd_num": 24,
+        "max_length": 16384,
+        "wqkv": (None, None),
+        "adapters": {"sft": 256, "dpo": 256, "web": 512},
+    },
+}
+
+_IMAGE_TOKEN_ID = 92398  # [UNUSED_TOKEN_1] of the published vocabulary
+
+# CLIP ViT-L/14, the tower of every published checkpoint.
+_CLIP_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 768,
+}
+
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "plora_rank",
+    "plora_wqkv_rank",
+)
+
+
+class InternLMXcomposer2TextConfig(PreTrainedConfig):
+    """The decoder: InternLM2 with Partial LoRA in each of its five linears.
+
+    Args:
+        plora_rank, plora_alpha: rank and numerator of the scale (`alpha / rank`) of the image-only weights.
+        plora_wqkv_rank, plora_wqkv_alpha: the same for `wqkv` where it differs (4KHD: 8 and 16).
+        plora_dropout: dropout before the low-rank product, in training only.
+        task_adapters: rank of each task adapter, for instance `{"sft": 256, "dpo": 256, "web": 512}`.
+        rope_theta, rope_scaling: rotary base and, as published, `{"type": "dynamic", "factor": 2.0}`.
+
+    Raises:
+        ValueError: a size, a rank or the rotary scaling is impossible.
+    """
+
+    model_type = "internlmxcomposer2_text"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 92544,
+        hidden_size: int = 4096,
+        intermediate_size: int = 14336,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = 8,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 32768,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-5,
+        use_cache: bool = True,
+        pad_token_id: int | None = 2,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | list[int] | None = 2,
+        tie_word_embeddings: bool = False,
+        bias: bool = False,
+        attention_dropout: float = 0.0,
+        rope_theta: float = 1_000_000,
+        rope_scaling: dict | None = None,
+        rope_parameters: dict | None = None,
+        plora_rank: int = 256,
+        plora_alpha: float | None = None,
+        plora_wqkv_rank: int | None = None,
+        plora_wqkv_alpha: float | None = None,
+        plora_dropout: float = 0.05,
+        task_adapters: dict[str, int] | None = None,
+        **kwargs,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.use_cache = use_cache
+        self.bias = bias
+        self.attention_dropout = attention_dropout
+        self.rope_parameters = _rope_parameters(rope_parameters or rope_scaling, rope_theta)
+        self.plora_rank = plora_rank
+        self.plora_alpha = plora_rank if plora_alpha is None else plora_alpha
+        self.plora_wqkv_rank = plora_rank if plora_wqkv_rank is None else plora_wqkv_rank
+        wqkv_follows = plora_wqkv_alpha is None
+        self.plora_wqkv_alpha = self.plora_wqkv_rank if wqkv_follows else plora_wqkv_alpha
+        self.plora_dropout = plora_dropout
+        self.task_adapters = dict(task_adapters or {})
+        self._check()
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary embedding."""
+        return self.rope_parameters["rope_theta"]
+
+    def _check(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (
+            *sizes,
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "plora_rank",
+            "plora_wqkv_rank",
+        ):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        for name, rank in self.task_adapters.items():
+            if not isinstance(rank, int) or rank < 1:
+                raise ValueError(
+                    f"the rank of task adapter {name!r} must be a positive integer, not {rank!r}"
+                )
+
+
+def _rope_parameters(scaling: dict | None, theta: float) -> dict:
+    """Today's `rope_parameters` from the published `rope_scaling` (`type`, `factor`) and `rope_theta`."""
+    parameters = dict(scaling or {})
+    rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    parameters.pop("type", None)
+    factor = parameters.get("factor")
+    if rope_type in ("dynamic", "linear") and not (isinstance(factor, int | float) and factor >= 1):
+        raise ValueError(f"rope_scaling of type {rope_type!r} needs a factor of at least 1, not {factor!r}")
+    return {"rope_theta": theta, **parameters, "rope_type": rope_type}
+
+
+class InternLMXcomposer2Config(PreTrainedConfig):
+    """A whole checkpoint: decoder, vision tower, and how pictures become tokens.
+
+    Takes the nested form (`text_config`, `vision_config`) and the published flat one, whose text fields it
+    hands on to `text_config`; they can be read and set here too (`config.hidden_size`).
+
+    Args:
+        version: `"2"` (one square), `"2-4khd"` (336 px tiles) or `"2.5"` (560 px tiles).
+        text_config: fields of `InternLMXcomposer2TextConfig`.
+        vision_config: fields of `CLIPVisionConfig`; `image_size` is the side of a square or tile in pixels.
+        img_size: the published name of the square's side (version `"2"` only); wins over `vision_config`.
+        image_token_id: the vocabulary piece that stands for one image token, `[UNUSED_TOKEN_1]` by default.
+        end_token_id: the piece that ends a turn, `[UNUSED_TOKEN_145]`, at which generation stops too.
+        hd_num: the default number of local tiles that a picture may be cut into.
+        video_memory_size: input width of `video_mem_proj` (OmniLive base), or `None` where there is none.
+        max_length: the published limit of prompt and answer together, in tokens.
+        kwargs: every field of `InternLMXcomposer2TextConfig`, as published files have them.
+
+    Raises:
+        ValueError: the version is unknown, or a size impossible.
+    """
+
+    model_type = "internlmxcomposer2"
+    sub_configs = {"text_config": InternLMXcomposer2TextConfig, "vision_config": CLIPVisionConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    # Declared, because transformers takes an undeclared `max_length` for a generation parameter.
+    max_length: int = 16384
+
+    def __init__(
+        self,
+        version: str | None = None,
+        text_config: dict | PreTrainedConfig | None = None,
+        vision_config: dict | PreTrainedConfig | None = None,
+        img_size: int | None = None,
+        image_token_id: int | None = None,
+        end_token_id: int = 92542,
+        hd_num: int | None = None,
+        video_memory_size: int | None = None,
+        max_length: int | None = None,
+        **kwargs,
+    ) -> None:
+        self.version = version or _guess_version(img_size, kwargs)
+        if self.version not in VERSIONS:
+            raise ValueError(f"unknown version {self.version!r}; this package knows {', '.join(VERSIONS)}")
+        defaults = _DEFAULTS[self.version]
+        self.text_config = _text_config(text_config, kwargs, defaults)
+        self.vision_config = _vision_config(vision_config, img_size, defaults)
+        self.image_token_id = image_token_id
+        if image_token_id is None:
+            self.image_token_id = min(_IMAGE_TOKEN_ID, self.text_config.vocab_size - 1)
+        self.end_token_id = end_token_id
+        self.hd_num = defaults["hd_num"] if hd_num is None else hd_num
+        self.video_memory_size = video_memory_size
+        if max_length is None:
+            max_length = defaults["max_length"]
+        self.max_length = max_length
+        self._check()
+        forwarded = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
+        super().__init__(**{name: getattr(self.text_config, name) for name in forwarded}, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
+        """As the base class, with the model types of published files read as ours."""
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if config_dict.get("model_type") in PUBLISHED_MODEL_TYPES:
+            config_dict["model_type"] = cls.model_type
+        return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As the base class, but the attention implementation of a published file is only a caller's choice.
+
+        Published files ask for `flash_attention_2`, which would make every load without a GPU fail.
+        """
+        config_dict = {key: value for key, value in config_dict.items() if key not in _CALLER_ONLY}
+        return super().from_dict(config_dict, **kwargs)
+
+    def _check(self) -> None:
+        vision = self.vision_config
+        if vision.image_size % vision.patch_size:
+            raise ValueError(
+                f"image_size {vision.image_size} px is no multiple of patch_size {vision.patch_size} px"
+            )
+        if self.is_tiled and vision.image_size % (2 * vision.patch_size):
+            raise ValueError(
+                f"tiles of {vision.image_size} px can't be merged 2x2 in patches of {vision.patch_size} px"
+            )
+        if not isinstance(self.hd_num, int) or self.hd_num < 1:
+            raise ValueError(f"hd_num must be a positive integer, not {self.hd_num!r}")
+        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"image_token_id {self.image_token_id} lies outside the vocabulary of "
+                f"{self.text_config.vocab_size} pieces"
+            )
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether pictures are a global view plus local tiles, with newline vectors between rows."""
+        return self.version != "2"
+
+    @property
+    def img_size(self) -> int:
+        """Side of a square or tile in pixels, under its published name."""
+        return self.vision_config.image_size
+
+    @property
+    def attn_implementation(self) -> str | None:
+        """The attention implementation in force, under its published name."""
+        return self._attn_implementation
+
+    @attn_implementation.setter
+    def attn_implementation(self, value: str | None) -> None:
+        self._attn_implementation = value
+
+    @property
+    def tile_tokens_per_side(self) -> int:
+        """Side, in tokens, of what one square or tile becomes: patches, merged 2x2 where there are tiles."""
+        patches = self.vision_config.image_size // self.vision_config.patch_size
+        return patches // 2 if self.is_tiled else patches
+
+    @property
+    def projector_input_size(self) -> int:
+        """Width of the features that enter `vision_proj`."""
+        return self.vision_config.hidden_size * (4 if self.is_tiled else 1)
+
+    def complete_from_shapes(self, shapes: dict[str, tuple[int, ...]]) -> "InternLMXcomposer2Config":
+        """A copy in which every size that the weights determine is what they say.
+
+        Args:
+            shapes: the shape of each tensor of the checkpoint by its published (or our) name.
+
+        Raises:
+            ValueError: the names are not those of this family; says which are missing.
+        """
+        return _complete(self, _WeightShapes(shapes))
+
+
+def _forwarded(name: str) -> property:
+    """A field that lives in `text_config`, readable and settable on the outer configuration."""
+
+    def read(self):
+        return getattr(self.text_config, name)
+
+    def write(self, value) -> None:
+        setattr(self.text_config, name, value)
+
+    return property(read, write, doc=f"`text_config.{name}`")
+
+
+_TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "bias",
+    "attention_dropout",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "plora_rank",
+    "plora_alpha",
+    "plora_wqkv_rank",
+    "plora_wqkv_alpha",
+    "plora_dropout",
+    "task_adapters",
+)
+# Fields that only the text configuration's constructor knows how to read.
+_TEXT_ARGUMENTS = (*_TEXT_FIELDS, "rope_theta", "rope_scaling", "rope_parameters")
+_CALLER_ONLY = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+
+for _name in _TEXT_FIELDS:
+    setattr(InternLMXcomposer2Config, _name, _forwarded(_name))
+
+
+def _guess_version(img_size: int | None, fields: dict) -> str:
+    """The version that a published flat file stands for; the weights correct a wrong guess."""
+    if img_size is not None:
+        return "2"
+    origin = f"{fields.get('_name_or_path', '')} {fields.get('name_or_path', '')}".lower()
+    return "2-4khd" if "4khd" in origin else "2.5"
+
+
+def _text_config(given: dict | PreTrainedConfig | None, fields: dict, defaults: dict):
+    """The decoder's configuration; flat text fields are taken out of `fields`."""
+    flat = {name: fields.pop(name) for name in _TEXT_ARGUMENTS if name in fields}
+    if isinstance(given, PreTrainedConfig):
+        given = given.to_dict()
+    if given is None:
+        rank, alpha = defaults["wqkv"]
+        given = {"task_adapters": defaults["adapters"], "plora_wqkv_rank": rank, "plora_wqkv_alpha": alpha}
+    given = {key: value for key, value in given.items() if key not in _CALLER_ONLY}
+    return InternLMXcomposer2TextConfig(**{**given, **flat})
+
+
+def _vision_config(given: dict | PreTrainedConfig | None, img_size: int | None, defaults: dict):
+    """The tower's configuration, CLIP-L/14 where nothing else is said."""
+    if isinstance(given, PreTrainedConfig):
+        given = given.to_dict()
+    given = {key: value for key, value in (given or {}).items() if key not in _CALLER_ONLY}
+    fields = {**_CLIP_LARGE, "image_size": defaults["image_size"], **given}
+    if img_size is not None:
+        fields["image_size"] = img_size
+    return CLIPVisionConfig(**fields)
+
+
+class _WeightShapes:
+    """Shapes by name, blind to whether a linear is stored plain, wrapped (`.linear`) or quantised."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = {re.sub(r"\.linear\.(\w+)$", r".\1", name): tuple(s) for name, s in shapes.items()}
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        if name not in self.shapes:
+            raise ValueError(
+                f"this is no InternLM-XComposer2 checkpoint: its {len(self.shapes)} tensors lack {name!r}"
+            )
+        return self.shapes[name]
+
+    def rows(self, name: str, default: int | None = None) -> int | None:
+        return self.shapes[name][0] if name in self.shapes else default
+
+    def count(self, prefix: str) -> int:
+        """How many consecutively numbered blocks start with `prefix`."""
+        numbers = {name[len(prefix) :].split(".", 1)[0] for name in self.shapes if name.startswith(prefix)}
+        return len(numbers)
+
+    def adapters(self) -> dict[str, int]:
+        prefix = "model.layers.0.attention.wqkv.lora_"
+        found = [name for name in self.shapes if name.startswith(prefix) and name.endswith("_A.weight")]
+        return {name[len(prefix) : -len("_A.weight")]: self.shapes[name][0] for name in found}
+
+
+def _complete(config: InternLMXcomposer2Config, shapes: _WeightShapes) -> InternLMXcomposer2Config:
+    config = copy.deepcopy(config)
+    _complete_vision(config, shapes)
+    _complete_text(config.text_config, shapes, config.version)
+    config.video_memory_size = (
+        shapes["video_mem_proj.0.weight"][1] if shapes.count("video_mem_proj.") else None
+    )
+    config._check()
+    return config
+
+
+def _complete_vision(config: InternLMXcomposer2Config, shapes: _WeightShapes) -> None:
+    """Version and tower from the position table, the patch kernel and the newline vectors."""
+    tower = "vit.vision_tower.vision_model."
+    width, _, patch, _ = shapes[f"{tower}embeddings.patch_embedding.weight"]
+    side = math.isqrt(shapes[f"{tower}embeddings.position_embedding.weight"][0] - 1) * patch
+    vision = config.vision_config
+    if vision.hidden_size != width:
+        vision.num_attention_heads = max(1, width // 64)  # CLIP's heads are 64 wide
+    vision.hidden_size, vision.patch_size, vision.image_size = width, patch, side
+    vision.num_hidden_layers = shapes.count(f"{tower}encoder.layers.")
+    vision.intermediate_size = shapes[f"{tower}encoder.layers.0.mlp.fc1.weight"][0]
+    previous = config.version
+    if shapes.rows("plora_glb_GN") is None:
+        config.version = "2"
+    elif config.version == "2" or side in (336, 560):
+        config.version = "2-4khd" if side == 336 else "2.5"
+    if config.version != previous:
+        for name in ("hd_num", "max_length"):
+            if getattr(config, name) == _DEFAULTS[previous][name]:
+                setattr(config, name, _DEFAULTS[config.version][name])
+
+
+def _complete_text(text: InternLMXcomposer2TextConfig, shapes: _WeightShapes, version: str) -> None:
+    """Sizes, ranks and adapters of the decoder. Quantised linears keep the configured widths."""
+    text.vocab_size, text.hidden_size = shapes["model.tok_embeddings.weight"]
+    text.num_hidden_layers = shapes.count("model.layers.")
+    block = "model.layers.0."
+    text.intermediate_size = shapes.rows(f"{block}feed_forward.w1.weight", text.intermediate_size)
+    rank = shapes[f"{block}attention.wo.Plora_A.weight"][0]
+    text.plora_rank, text.plora_alpha = _rank_and_alpha(text.plora_rank, text.plora_alpha, rank, 1)
+    rank = shapes[f"{block}attention.wqkv.Plora_A.weight"][0]
+    default_scale = 2 if version == "2-4khd" else 1
+    text.plora_wqkv_rank, text.plora_wqkv_alpha = _rank_and_alpha(
+        text.plora_wqkv_rank, text.plora_wqkv_alpha, rank, default_scale
+    )
+    text.task_adapters = shapes.adapters()
+    text._check()
+
+
+def _rank_and_alpha(rank: int, alpha: float, found: int, default_scale: float) -> tuple[int, float]:
+    """Keep a configured scale whose rank fits the weights, else take the version's."""
+    return (rank, alpha) if rank == found else (found, found * default_scale)

@@ -1,0 +1,381 @@
+"""The InternLM2 decoder (arXiv:2403.17297). Knows nothing of pictures beyond a mask of their tokens."""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+
+from .build_mlp import PLoRA, image_row_indices
+from .configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2TextConfig
+
+
+class InternLM2RMSNorm(nn.Module):
+    """Root-mean-square norm in float32, multiplied by the weight after casting back."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden) -> (..., hidden)."""
+        x = hidden_states.to(torch.float32)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+
+class InternLM2RotaryEmbedding(nn.Module):
+    """Cosines and sines of the positions, in float32 whatever the model's dtype.
+
+    Holds no buffers: frequencies follow from the configuration at each call, so that neither loading, nor
+    `half()`, nor an earlier long prompt can spoil them.
+    """
+
+    def __init__(self, config: InternLMXcomposer2TextConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def frequencies(self, num_positions: Tensor) -> tuple[Tensor, float]:
+        """Inverse frequencies (head_dim / 2) for a sequence of `num_positions`, and the attention scale.
+
+        Dynamic NTK lets the base grow with the length beyond `max_position_embeddings`; within it nothing
+        changes.
+        """
+        parameters = self.config.rope_parameters
+        device = num_positions.device
+        if parameters["rope_type"] not in ("default", "dynamic"):
+            return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](self.config, device)
+        dim = self.config.head_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+        theta = parameters["rope_theta"]
+        plain = 1.0 / theta**exponents
+        if parameters["rope_type"] == "default":
+            return plain, 1.0
+        limit, factor = self.config.max_position_embeddings, parameters["factor"]
+        growth = factor * num_positions.to(torch.float32) / limit - (factor - 1)
+        scaled = 1.0 / (theta * growth.clamp(min=1) ** (dim / (dim - 2))) ** exponents
+        return torch.where(num_positions > limit, scaled, plain), 1.0
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, tokens) positions -> cosines and sines, each (batch, tokens, head_dim), float32."""
+        inverse_frequencies, scale = self.frequencies(position_ids.max() + 1)
+        with torch.autocast(device_type=position_ids.device.type, enabled=False):
+            angles = position_ids[..., None].float() * inverse_frequencies.float()
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos() * scale, angles.sin() * scale
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """(..., d) -> (..., d): the second half negated, then the first."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(batch, heads, tokens, head_dim) rotated by (batch, tokens, head_dim) cosines and sines."""
+    cos, sin = cos[:, None], sin[:, None]
+    return (x * cos + rotate_half(x) * sin).to(x.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention by plain products, with the weights as a second result; softmax in float32.
+
+    query (batch, heads, tokens, d), key and value (batch, kv heads, all tokens, d) ->
+    (batch, tokens, heads, d) and (batch, heads, tokens, all tokens).
+    """
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def build_linear(config: InternLMXcomposer2TextConfig, in_features: int, out_features: int) -> PLoRA:
+    """A linear of the decoder with the common low-rank sizes."""
+    return PLoRA(
+        in_features,
+        out_features,
+        bias=config.bias,
+        lora_r=config.plora_rank,
+        lora_alpha=config.plora_alpha,
+        lora_dropout=config.plora_dropout,
+        adapters=config.task_adapters,
+    )
+
+
+class InternLM2Attention(nn.Module):
+    """Grouped-query attention; `wqkv` packs, per key-value head, its query heads, its key and its value."""
+
+    def __init__(self, config: InternLMXcomposer2TextConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.wqkv = PLoRA(
+            config.hidden_size,
+            (config.num_attention_heads + 2 * config.num_key_value_heads) * self.head_dim,
+            bias=config.bias,
+            lora_r=config.plora_wqkv_rank,
+            lora_alpha=config.plora_wqkv_alpha,
+            lora_dropout=config.plora_dropout,
+            adapters=config.task_adapters,
+        )
+        self.wo = build_linear(config, config.num_attention_heads * self.head_dim, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        plora: dict,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(batch, tokens, hidden) -> the same, and the attention weights where they are materialised."""
+        packed = rearrange(
+            self.wqkv(hidden_states, **plora),
+            "b n (g r d) -> b g r n d",
+            d=self.head_dim,
+            r=self.num_key_value_groups + 2,
+        )
+        query, key, value = packed[:, :, :-2].flatten(1, 2), packed[:, :, -2], packed[:, :, -1]
+        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface = eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attention_interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = output.reshape(*hidden_states.shape[:2], -1)
+        return self.wo(output, **plora), weights
+
+
+class InternLM2MLP(nn.Module):
+    """SwiGLU: `w2(act(w1 x) * w3 x)`."""
+
+    def __init__(self, config: InternLMXcomposer2TextConfig) -> None:
+        super().__init__()
+        self.w1 = build_linear(config, config.hidden_size, config.intermediate_size)
+        self.w3 = build_linear(config, config.hidden_size, config.intermediate_size)
+        self.w2 = build_linear(config, config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, plora: dict) -> Tensor:
+        """(batch, tokens, hidden) -> (batch, tokens, hidden)."""
+        gate = self.act_fn(self.w1(hidden_states, **plora))
+        return self.w2(gate * self.w3(hidden_states, **plora), **plora)
+
+
+class InternLM2DecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each behind a norm and around a residual."""
+
+    def __init__(self, config: InternLMXcomposer2TextConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention = InternLM2Attention(config, layer_idx)
+        self.feed_forward = InternLM2MLP(config)
+        self.attention_norm = InternLM2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = InternLM2RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        image_rows: Tensor | None = None,
+        infer_mode: str = "base",
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(batch, tokens, hidden) -> the same, and the attention weights where they are materialised."""
+        plora = {"image_rows": image_rows, "infer_mode": infer_mode}
+        attended, weights = self.attention(
+            self.attention_norm(hidden_states),
+            position_embeddings,
+            attention_mask,
+            past_key_values,
+            plora,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.feed_forward(self.ffn_norm(hidden_states), plora), weights
+
+
+class InternLM2PreTrainedModel(PreTrainedModel):
+    """What every model of this family can do."""
+
+    config_class = InternLMXcomposer2TextConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["InternLM2DecoderLayer", "CLIPEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+
+class InternLM2Model(InternLM2PreTrainedModel):
+    """The decoder without its head: ids or embeddings -> hidden states after the final norm."""
+
+    def __init__(self, config: InternLMXcomposer2TextConfig) -> None:
+        super().__init__(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            [InternLM2DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = InternLM2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = InternLM2RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.tok_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.tok_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        im_mask: Tensor | None = None,
+        infer_mode: str = "base",
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids, inputs_embeds: (batch, tokens) ids or (batch, tokens, hidden) embeddings, one of them.
+            attention_mask: (batch, all tokens), false or 0 on padding, of any dtype.
+            im_mask: (batch, tokens), true on image tokens; any dtype and device.
+            infer_mode: `"base"`, `"write"` or `"web"`.
+
+        Raises:
+            ValueError: both or neither input, a mask of another shape, or an adapter the weights lack.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        check_infer_mode(infer_mode, self.config)
+        if inputs_embeds is None:
+            inputs_embeds = self.tok_embeddings(input_ids)
+        check_image_mask(im_mask, inputs_embeds)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = default_positions(inputs_embeds, past_key_values)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        return self._run_layers(
+            inputs_embeds,
+            output_attentions=self.config.output_attentions
+            if output_attentions is None
+            else output_attentions,
+            output_hidden_states=(
+                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
+            attention_mask=causal_mask,
+            position_ids=position_ids,
+            position_embeddings=self.rotary_emb(position_ids),
+            past_key_values=past_key_values,
+            image_rows=image_row_indices(im_mask, inputs_embeds.device),
+            infer_mode=infer_mode,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _run_layers(
+        self, hidden_states: Tensor, output_attentions: bool, output_hidden_states: bool, **layer_inputs
+    ) -> BaseModelOutputWithPast:
+        all_hidden, all_weights = [], []
+        for layer in self.layers:
+            all_hidden.append(hidden_states if output_hidden_states else None)
+            hidden_states, weights = layer(hidden_states, **layer_inputs)
+            all_weights.append(weights if output_attentions else None)
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=layer_inputs["past_key_values"],
+            hidden_states=(*all_hidden, hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+        )
+
+
+def default_positions(inputs_embeds: Tensor, past_key_values: Cache | None) -> Tensor:
+    """(1, tokens) positions that go on where the cache ends."""
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
+
+
+def check_infer_mode(infer_mode: str, config: InternLMXcomposer2TextConfig) -> None:
+    """Raise `ValueError` for an unknown mode, or one whose adapters the checkpoint lacks."""
+    if infer_mode not in ADAPTERS_OF_MODE:
+        raise ValueError(f"unknown infer_mode {infer_mode!r}; it is one of {', '.join(ADAPTERS_OF_MODE)}")
+    lacking = [name for name in ADAPTERS_OF_MODE[infer_mode] if name not in config.task_adapters]
+    if lacking:
+        raise ValueError(
+            f"infer_mode {infer_mode!r} needs the adapters {', '.join(lacking)}, but this checkpoint has "
+            f"{', '.join(config.task_adapters) or 'none'}; use infer_mode='base' or InternLM-XComposer2.5-7B"
+        )
+
+
+def check_image_mask(im_mask: Tensor | None, inputs_embeds: Tensor) -> None:
+    """Raise `ValueError` unless the mask covers exactly the tokens."""
+    if im_mask is not None and tuple(im_mask.shape) != tuple(inputs_embeds.shape[:2]):
+        raise ValueError(
+            f"im_mask has the shape {tuple(im_mask.shape)} but the tokens {tuple(inputs_embeds.shape[:2])}; "
+            "it needs one value per token"
+        )

@@ -1,0 +1,431 @@
+"""The whole model: pictures into the decoder's embeddings, `forward`, `generate`, loading and saving."""
+
+import os
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .build_mlp import build_projector, build_vision_projector, build_vision_tower
+from .chat_internlm_xcomposer2 import ChatMixin
+from .checkpoint_internlm_xcomposer2 import HUB_ARGUMENTS, checkpoint_shapes
+from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+from .image_processing_internlm_xcomposer2 import VisProcessor
+from .ixc_utils import get_font, num_image_tokens, num_square_tokens
+from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_infer_mode
+
+# Published names of the decoder's linears -> ours, whose plain linear is a child of its own; and back at saving.
+PUBLISHED_KEYS = {r"\.(wqkv|wo|w1|w2|w3)\.weight$": r".\1.linear.weight"}
+
+
+class InternLMXComposer2ForCausalLM(ChatMixin, InternLM2PreTrainedModel, GenerationMixin):
+    """InternLM-XComposer2, -VL, -4KHD and 2.5: a vision tower, a projector and InternLM2 with Partial LoRA.
+
+    Two ways in give the same numbers: ids with pictures (`input_ids`, `pixel_values`, `image_grid_hw`), and
+    embeddings with a mask (`inputs_embeds`, `im_mask`).
+    """
+
+    config_class = InternLMXcomposer2Config
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    _keys_to_ignore_on_load_missing = [r"vit\..*\.post_layernorm\."]
+    _keys_to_ignore_on_load_unexpected = [r"\.position_ids$", r"\.rotary_emb\.inv_freq$"]
+
+    def __init__(self, config: InternLMXcomposer2Config) -> None:
+        super().__init__(config)
+        self.model = InternLM2Model(config.text_config)
+        self.output = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.vit = build_vision_tower(config)
+        self.vision_proj = build_vision_projector(config)
+        if config.is_tiled:
+            width = config.projector_input_size
+            self.plora_glb_GN = nn.Parameter(torch.zeros(1, 1, width))
+            self.plora_sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
+        if config.video_memory_size:
+            self.video_mem_proj = build_projector(config.video_memory_size, config.text_config.hidden_size)
+        self.vis_processor = VisProcessor(None if config.is_tiled else config.img_size)
+        self.tokenizer = None
+        self.hd_num = config.hd_num
+        self.max_length = config.max_length
+        self.im_size = config.img_size
+        self.vocab_size = config.text_config.vocab_size
+        self._weight_conversions = [WeightRenaming(*pair) for pair in PUBLISHED_KEYS.items()]
+        self.post_init()
+        self._settle_generation_config()
+
+    # ---- loading and saving ----
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """Load a published checkpoint as it lies on disk, or one that `save_pretrained` wrote.
+
+        Sizes that `config.json` leaves out, and the version, are what the weights say.
+
+        Raises:
+            ValueError: a tensor is missing or unknown (all are listed), or the directory holds another model.
+            FileNotFoundError: the directory holds no weights.
+        """
+        source = pretrained_model_name_or_path
+        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        if not isinstance(config, PreTrainedConfig):
+            config, kwargs = cls.config_class.from_pretrained(
+                config or source, return_unused_kwargs=True, **kwargs
+            )
+            kwargs = {**kwargs, **hub_arguments}
+        state_dict = kwargs.get("state_dict")
+        shapes = (
+            checkpoint_shapes(source, **hub_arguments)
+            if state_dict is None
+            else {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        )
+        kwargs["key_mapping"] = {**PUBLISHED_KEYS, **(kwargs.get("key_mapping") or {})}
+        config = config.complete_from_shapes(shapes)
+        model, info = super().from_pretrained(
+            source, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        _check_loading(info, source)
+        model._settle_generation_config()
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Write the checkpoint, under the published names where the weights are not quantised."""
+        if getattr(self, "hf_quantizer", None) is not None:
+            kwargs["save_original_format"] = False
+        super().save_pretrained(save_directory, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and self.config.is_tiled:
+            for newline in (self.plora_glb_GN, self.plora_sub_GN):
+                torch.nn.init.normal_(newline, std=self.config.text_config.initializer_range)
+
+    def _settle_generation_config(self) -> None:
+        """Let `generate` stop at the end of a turn, which the published configurations leave out.
+
+        The published `max_length` limits a prompt; it is no default for how much is generated.
+        """
+        if self.generation_config.max_length == self.config.max_length:
+            self.generation_config.max_length = None
+        if self.config.end_token_id >= self.config.text_config.vocab_size:
+            return
+        stops = self.generation_config.eos_token_id
+        stops = [stops] if isinstance(stops, int) else list(stops or [])
+        if self.config.end_token_id not in stops:
+            self.generation_config.eos_token_id = [*stops, self.config.end_token_id]
+
+    # ---- parts that libraries ask for ----
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.tok_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.tok_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.output
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.output = new_embeddings
+
+    def get_decoder(self) -> InternLM2Model:
+        return self.model
+
+    def set_decoder(self, decoder: InternLM2Model) -> None:
+        self.model = decoder
+
+    @property
+    def font(self):
+        """The font of video labels: Pillow's own unless another was set."""
+        return self.__dict__.get("_font") or get_font()
+
+    @font.setter
+    def font(self, value) -> None:
+        self.__dict__["_font"] = value
+
+    # ---- pictures ----
+
+    def num_image_tokens(self, rows: int, cols: int) -> int:
+        """Tokens of one picture whose local tiles form `rows` x `cols` (1 x 1 for a square)."""
+        side = self.config.tile_tokens_per_side
+        return num_image_tokens(rows, cols, side) if self.config.is_tiled else num_square_tokens(side)
+
+    def get_image_features(
+        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Encode pictures.
+
+        Args:
+            pixel_values: (tiles, 3, side, side), all tiles of all pictures, each global view first.
+            image_grid_hw: (pictures, 2), rows and columns of each picture's local tiles; not needed for squares.
+
+        Returns:
+            `pooler_output`: one (tokens, hidden) tensor per picture.
+
+        Raises:
+            ValueError: the grids don't fit the tiles.
+        """
+        grids = check_grids(self.config, pixel_values, image_grid_hw)
+        features = self.vit.encode_tiles(pixel_values)
+        if self.config.is_tiled:
+            pieces = self.vit.assemble(features, grids, self.plora_glb_GN, self.plora_sub_GN)
+            counts = [len(piece) for piece in pieces]
+            features = torch.cat(pieces)
+        else:
+            counts = [features.shape[1]] * len(grids)
+            features = features.flatten(0, 1)
+        projected = self.vision_proj(features)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features, pooler_output=list(projected.split(counts))
+        )
+
+    def embed_inputs(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_hw: Tensor | None = None,
+        im_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Ids and pictures -> (batch, tokens, hidden) embeddings and the (batch, tokens) mask of image tokens.
+
+        Args:
+            im_mask: where the image tokens are, if not wherever `config.image_token_id` stands.
+
+        Raises:
+            ValueError: the places and the pictures' tokens differ in number.
+        """
+        if pixel_values is None:
+            return self.model.tok_embeddings(input_ids), None
+        im_mask = (
+            input_ids == self.config.image_token_id
+            if im_mask is None
+            else im_mask.to(input_ids.device).bool()
+        )
+        grids = check_grids(self.config, pixel_values, image_grid_hw)
+        num_features = sum(self.num_image_tokens(*grid) for grid in grids)
+        num_places = int(im_mask.sum())
+        if num_places != num_features:
+            raise ValueError(
+                f"the prompt reserves {num_places} image tokens but {len(grids)} pictures give {num_features}; "
+                "check the <ImageHere> marks and image_grid_hw"
+            )
+        embeds = self.model.tok_embeddings(input_ids)
+        features = torch.cat(self.get_image_features(pixel_values, image_grid_hw).pooler_output)
+        features = features.to(embeds.device, embeds.dtype)
+        return embeds.masked_scatter(im_mask.to(embeds.device)[..., None], features), im_mask
+
+    # ---- running ----
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_hw: Tensor | None = None,
+        im_mask: Tensor | None = None,
+        infer_mode: str = "base",
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        samples: dict | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Ids with pictures, or embeddings with a mask -> logits, and the loss where there are labels.
+
+        Args:
+            input_ids: (batch, tokens), each picture a run of `config.image_token_id`.
+            attention_mask: (batch, all tokens), false or 0 on padding, left or right, of any dtype.
+            inputs_embeds: (batch, tokens, hidden), instead of `input_ids`.
+            pixel_values: (tiles, 3, side, side), all tiles of all pictures in the order of the prompt.
+            image_grid_hw: (pictures, 2), rows and columns of local tiles.
+            im_mask: (batch, tokens), true on image tokens; needed with `inputs_embeds` only.
+            infer_mode: `"base"`, `"write"` or `"web"`: which task adapters act.
+            labels: (batch, tokens), -100 where no loss is wanted.
+            logits_to_keep: how many of the last positions get logits, 0 for all, or the positions.
+            samples: a batch of the published trainer, instead of everything above.
+
+        Raises:
+            ValueError: pictures and prompt don't match, or the checkpoint lacks what `infer_mode` needs.
+        """
+        check_infer_mode(infer_mode, self.config.text_config)
+        if samples is not None:
+            inputs_embeds, attention_mask, labels, im_mask = self.embed_samples(samples)
+        elif inputs_embeds is None:
+            self._check_pictures_present(input_ids, pixel_values, im_mask, past_key_values)
+            inputs_embeds, found = self.embed_inputs(input_ids, pixel_values, image_grid_hw, im_mask)
+            im_mask = im_mask if found is None else found
+        outputs = self.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            im_mask=im_mask,
+            infer_mode=infer_mode,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.output(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _check_pictures_present(
+        self, input_ids: Tensor, pixel_values: Tensor | None, im_mask: Tensor | None, cache: Cache | None
+    ) -> None:
+        """A prompt with places for pictures but no pictures is a mistake; a generated piece is not."""
+        if (
+            pixel_values is not None
+            or im_mask is not None
+            or (cache is not None and cache.get_seq_length() > 0)
+        ):
+            return
+        num_places = int((input_ids == self.config.image_token_id).sum())
+        if num_places:
+            raise ValueError(f"the prompt reserves {num_places} image tokens but no pixel_values were given")
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        im_mask: Tensor | None = None,
+        infer_mode: str = "base",
+        **kwargs,
+    ) -> dict:
+        """What one step of `generate` passes to `forward`: the mask and pictures in the first step only."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        inputs["infer_mode"] = infer_mode
+        current = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
+        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        if is_prefill or inputs.get("inputs_embeds") is not None:
+            inputs["im_mask"] = None if im_mask is None else im_mask[:, -current.shape[1] :]
+        if not is_prefill:
+            inputs.pop("pixel_values", None)
+            inputs.pop("image_grid_hw", None)
+        return inputs
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_hw: Tensor | None = None,
+        im_mask: Tensor | None = None,
+        **kwargs,
+    ):
+        """As in transformers, with pictures, which are encoded once whatever the number of beams.
+
+        With `inputs_embeds` alone the result begins with BOS and `max_length` counts BOS and new tokens, as
+        clients of the published code expect; with ids it holds prompt and answer.
+
+        Raises:
+            ValueError: pictures and prompt don't match, or the checkpoint lacks what `infer_mode` needs.
+        """
+        check_infer_mode(kwargs.get("infer_mode", "base"), self.config.text_config)
+        ids = inputs if input_ids is None else input_ids
+        if pixel_values is not None:
+            if ids is None:
+                raise ValueError("pixel_values need input_ids, in which each picture has its image tokens")
+            ids = ids.to(self.device)
+            inputs_embeds, im_mask = self.embed_inputs(ids, pixel_values, image_grid_hw, im_mask)
+            kwargs.setdefault("attention_mask", torch.ones_like(ids))
+        elif inputs_embeds is not None and ids is None:
+            ids, kwargs = self._published_generate_arguments(inputs_embeds, kwargs)
+        if im_mask is not None:
+            kwargs["im_mask"] = im_mask.to(self.device).bool()
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
+        return super().generate(ids, *args, **kwargs)
+
+    def _published_generate_arguments(self, inputs_embeds: Tensor, kwargs: dict) -> tuple[Tensor, dict]:
+        """The BOS column that old sequences begin with, and today's arguments for old ones."""
+        kwargs = dict(kwargs)
+        batch, length = inputs_embeds.shape[:2]
+        bos = kwargs.get("bos_token_id") or self.config.text_config.bos_token_id
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = torch.ones(
+                batch, length, dtype=torch.long, device=inputs_embeds.device
+            )
+        max_length = kwargs.pop("max_length", None)
+        if max_length is not None and kwargs.get("max_new_tokens") is None:
+            kwargs["max_new_tokens"] = max(1, max_length - 1)
+        return torch.full((batch, 1), bos, device=inputs_embeds.device), kwargs
+
+
+def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> list[tuple[int, int]]:
+    """The grids as pairs of ints, after checking that they account for every tile.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    side = config.img_size
+    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
+        raise ValueError(
+            f"pixel_values have the shape {tuple(pixel_values.shape)}; this checkpoint reads (tiles, 3, {side}, {side})"
+        )
+    if not config.is_tiled:
+        if image_grid_hw is not None and len(image_grid_hw) != len(pixel_values):
+            raise ValueError(
+                f"image_grid_hw names {len(image_grid_hw)} pictures but there are {len(pixel_values)}"
+            )
+        return [(1, 1)] * len(pixel_values)
+    if image_grid_hw is None:
+        raise ValueError("image_grid_hw is needed: rows and columns of the tiles of each picture")
+    grids = [(int(rows), int(cols)) for rows, cols in torch.as_tensor(image_grid_hw).tolist()]
+    num_tiles = sum(1 + rows * cols for rows, cols in grids)
+    if any(rows < 1 or cols < 1 for rows, cols in grids) or num_tiles != len(pixel_values):
+        raise ValueError(
+            f"image_grid_hw {grids} stands for {num_tiles} tiles with the global views, but pixel_values hold "
+            f"{len(pixel_values)}"
+        )
+    return grids
+
+
+def _check_loading(info: dict, source) -> None:
+    """Raise `ValueError` that lists every tensor that is missing, unknown or of another shape."""
+    faults = [
+        f"{len(info[kind])} {what}: {', '.join(sorted(map(str, info[kind])))}"
+        for kind, what in (
+            ("missing_keys", "missing"),
+            ("unexpected_keys", "unexpected"),
+            ("mismatched_keys", "of another shape"),
+            ("error_msgs", "errors"),
+        )
+        if info.get(kind)
+    ]
+    if faults:
+        raise ValueError(f"the weights in {source} don't fit this model; tensors {'; '.join(faults)}")

@@ -1,0 +1,109 @@
+"""Pictures and videos as callers pass them -> what the tower reads; planned first, so that counts come cheap."""
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .image_processing_internlm_xcomposer2 import (
+    PreparedImage,
+    batch_images,
+    preprocess_image,
+    preprocess_video,
+    split_tiles,
+)
+from .ixc_utils import Font, plan_composite, plan_tiles, plan_video
+from .media_internlm_xcomposer2 import is_video, load_image, load_video
+
+# How each version cuts its pictures: names of `ixc_utils.TILE_RULES`, or the one square.
+LAYOUTS = {"2": "square", "2-4khd": "always", "2.5": "bottom"}
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One picture (`image`), the frames of one video (`frames`), or pixels already normalised (`pixels`)."""
+
+    image: Image.Image | None = None
+    frames: tuple[Image.Image, ...] = ()
+    pixels: Tensor | None = None  # (3, height, width)
+
+    def grid(self, config, hd_num: int) -> tuple[int, int]:
+        """(rows, cols) of local tiles, from sizes alone."""
+        side = config.img_size
+        if self.pixels is not None:
+            height, width = self.pixels.shape[-2:]
+            return height // side, width // side
+        if not config.is_tiled:
+            return 1, 1
+        if self.frames:
+            plan = plan_composite([(frame.height, frame.width) for frame in self.frames], tile_size=side)
+            return plan_video(*plan.size, tile_size=side).grid
+        layout = LAYOUTS[config.version]
+        return plan_tiles(
+            self.image.height, self.image.width, tile_size=side, hd_num=hd_num, layout=layout
+        ).grid
+
+    def prepare(self, config, hd_num: int, font: Font | None) -> PreparedImage:
+        """Cut and normalise."""
+        side = config.img_size
+        if self.pixels is not None:
+            pixels = self.pixels.float().cpu()
+            tiles = split_tiles(pixels, side) if config.is_tiled else pixels[None]
+            return PreparedImage(tiles, self.grid(config, hd_num))
+        if self.frames:
+            return preprocess_video(self.frames, tile_size=side, font=font)
+        return preprocess_image(self.image, layout=LAYOUTS[config.version], tile_size=side, hd_num=hd_num)
+
+
+def as_visuals(media, config) -> list[Visual]:
+    """What a caller passed as `image`, loaded and checked.
+
+    Args:
+        media: one picture or video or a list of them; in a list, a list of frames is a video. A 4-D float
+            tensor is a stack of pictures that `vis_processor` has normalised.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `load_image` and `load_video`; or a video for a version
+            that reads none; or normalised pixels of a size the tower can't read.
+    """
+    if not isinstance(media, list | tuple):
+        media = [media]
+    return [visual for item in media for visual in _as_visuals(item, config)]
+
+
+def _as_visuals(item, config) -> list[Visual]:
+    if isinstance(item, torch.Tensor) and item.ndim == 4:
+        return [Visual(pixels=check_pixels(pixels, config)) for pixels in item]
+    if isinstance(item, list | tuple) or is_video(item):
+        if config.version != "2.5":
+            raise ValueError(
+                f"version {config.version} reads no videos; pass its frames as pictures, or use 2.5"
+            )
+        return [Visual(frames=tuple(load_video(item)))]
+    return [Visual(image=load_image(item))]
+
+
+def check_pixels(pixels: Tensor, config) -> Tensor:
+    """(3, height, width) normalised pixels, if the tower can read them.
+
+    Raises:
+        ValueError: the size is not the square's, or no multiple of the tile's.
+    """
+    side = config.img_size
+    height, width = pixels.shape[-2:]
+    whole = (height % side == 0 and width % side == 0) if config.is_tiled else (height, width) == (side, side)
+    if pixels.shape[0] != 3 or not whole or not pixels.is_floating_point():
+        wanted = f"multiples of {side}" if config.is_tiled else f"{side} x {side}"
+        raise ValueError(
+            f"normalised pixels must be floats of (3, height, width) with {wanted} px, not "
+            f"{tuple(pixels.shape)} of {pixels.dtype}; pass a picture to have it resized"
+        )
+    return pixels
+
+
+def prepare_visuals(
+    visuals: list[Visual], config, hd_num: int, *, font: Font | None = None
+) -> tuple[Tensor, Tensor]:
+    """`pixel_values` (all tiles, 3, side, side) and `image_grid_hw` (visuals, 2)."""
+    return batch_images([visual.prepare(config, hd_num, font) for visual in visuals])
