@@ -100,7 +100,7 @@ def load_image(
 
 
 def _open_image(file: BinaryIO, name: str) -> Image.Image:
-    """Read a picture's header. The formats are ours, Pillow's global registry stays as it is."""
+    """Read a picture's header."""
     Image.init()
     formats = [kind for kind in IMAGE_FORMATS if kind in Image.OPEN]
     try:
@@ -160,6 +160,8 @@ def is_video(source: object) -> bool:
         return _looks_like_video(bytes(source[:HEAD_BYTES]))
     if isinstance(source, io.BytesIO):
         return _looks_like_video(bytes(source.getbuffer()[:HEAD_BYTES]))
+    if isinstance(source, io.BufferedReader):
+        return _looks_like_video(source.peek(HEAD_BYTES)[:HEAD_BYTES])
     if not isinstance(source, (str, os.PathLike)):
         return False
     name = os.fsdecode(source)
@@ -297,7 +299,7 @@ def _fetch(url: str, *, timeout: float, max_bytes: int) -> bytes:
     except urllib.error.HTTPError as error:
         error.close()
         raise ValueError(f"{url[:200]!r} can't be read: {error}") from None
-    except _TooMuch as error:
+    except _BadAnswer as error:
         raise ValueError(f"{url[:200]!r} {error}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{url[:200]!r} can't be read: {error}") from error
@@ -306,8 +308,8 @@ def _fetch(url: str, *, timeout: float, max_bytes: int) -> bytes:
     return content
 
 
-class _TooMuch(Exception):
-    """A URL that goes beyond a limit."""
+class _BadAnswer(Exception):
+    """An answer that goes beyond a limit, or stops short."""
 
 
 def _http_opener() -> urllib.request.OpenerDirector:
@@ -330,16 +332,16 @@ def _read_response(response: "urllib.response.addinfourl", deadline: float, max_
     """Read piece by piece, so that neither a slow nor an endless answer goes on."""
     promised = int(response.headers.get("Content-Length") or 0)
     if promised > max_bytes:
-        raise _TooMuch(f"promises {promised} bytes, more than the limit of {max_bytes}")
+        raise _BadAnswer(f"promises {promised} bytes, more than the limit of {max_bytes}")
     content = bytearray()
     while piece := response.read1(1 << 16):
         content += piece
         if len(content) > max_bytes:
-            raise _TooMuch(f"sends more than the limit of {max_bytes} bytes")
+            raise _BadAnswer(f"sends more than the limit of {max_bytes} bytes")
         if time.monotonic() > deadline:
-            raise _TooMuch(f"is too slow: {len(content)} bytes in the time allowed")
+            raise _BadAnswer(f"is too slow: {len(content)} bytes in the time allowed")
     if len(content) < promised:
-        raise _TooMuch(f"broke off after {len(content)} of {promised} bytes")
+        raise _BadAnswer(f"broke off after {len(content)} of {promised} bytes")
     return bytes(content)
 
 

@@ -1,6 +1,7 @@
 """Frames of a video file by index, through PyAV or, where that is what is installed, decord."""
 
 import importlib
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
@@ -12,6 +13,12 @@ from PIL import Image
 # By FFmpeg's names of formats: where times lead to the frames that counting would give; others are counted.
 TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 CUT_SILENTLY = ("matroska,webm",)
+
+TURNS = {
+    90: Image.Transpose.ROTATE_90,
+    180: Image.Transpose.ROTATE_180,
+    270: Image.Transpose.ROTATE_270,
+}
 
 
 class VideoError(ValueError):
@@ -116,16 +123,9 @@ class PyAVReader:
     def _to_image(self, frame: "VideoFrame") -> Image.Image:  # noqa: F821
         """Convert one decoded frame, turned upright as its display matrix says."""
         check_frame_size(frame.width, frame.height, self.max_frame_pixels)
-        turn = _TURNS.get(int(getattr(frame, "rotation", 0)) % 360)
+        turn = TURNS.get(int(getattr(frame, "rotation", 0)) % 360)
         image = frame.to_image()
         return image if turn is None else image.transpose(turn)
-
-
-_TURNS = {
-    90: Image.Transpose.ROTATE_90,
-    180: Image.Transpose.ROTATE_180,
-    270: Image.Transpose.ROTATE_270,
-}
 
 
 class DecordReader:
@@ -136,9 +136,10 @@ class DecordReader:
         self.max_frame_pixels = max_frame_pixels
         try:
             self.video = decord.VideoReader(file)
-            self.num_frames, self.average_fps = len(self.video), float(self.video.get_avg_fps())
+            self.num_frames, average_fps = len(self.video), float(self.video.get_avg_fps())
         except self.errors as error:
             raise VideoError(f"unknown or truncated ({_reason(error)})") from error
+        self.average_fps = average_fps if math.isfinite(average_fps) else 1.0
 
     def __enter__(self) -> "DecordReader":
         return self

@@ -69,7 +69,10 @@ def test_one_picture_from_every_source(kind, photo):
 
 
 def test_an_open_file_is_read(photo):
+    with VIDEO.open("rb") as file:
+        assert is_video(file) and len(load_video(file)) == 6
     with PHOTO.open("rb") as file:
+        assert not is_video(file)
         assert_same(load_image(file), photo)
     with PHOTO.open(encoding="latin-1") as file, pytest.raises(TypeError, match="binary mode"):
         load_image(file)

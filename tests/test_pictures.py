@@ -100,15 +100,17 @@ def test_published_names_take_another_tile_size():
 # --- any mode ---
 
 
-@pytest.mark.parametrize(
-    "mode", "1 L P LA La PA RGB RGBA RGBa RGBX CMYK YCbCr HSV LAB I F I;16 I;16B".split()
-)
+TRANSPARENT_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+BLACK_MODES = ("1", "L", "P", "RGB", "RGBX", "HSV", "I", "F", "I;16", "I;16B")
+OTHER_MODES = ("CMYK", "YCbCr", "LAB")
+
+
+@pytest.mark.parametrize("mode", TRANSPARENT_MODES + BLACK_MODES + OTHER_MODES)
 def test_every_mode_becomes_rgb(mode):
     converted = to_rgb(Image.new(mode, (3, 2)))
     assert (converted.mode, converted.size) == ("RGB", (3, 2))
-    transparent = mode in ("LA", "La", "PA", "RGBA", "RGBa")
-    if transparent or mode in ("L", "RGB", "I", "F", "I;16", "I;16B", "1"):
-        assert converted.getpixel((0, 0)) == ((255,) * 3 if transparent else (0,) * 3)
+    if mode not in OTHER_MODES:
+        assert converted.getpixel((0, 0)) == (0 if mode in BLACK_MODES else 255,) * 3
 
 
 def test_transparency_is_laid_on_white():
