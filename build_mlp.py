@@ -1,4 +1,4 @@
-"""Vision tower, 2x2 merge, projector and the Partial LoRA linear, built from a configuration, loading nothing."""
+"""Vision tower, 2x2 merge, projector and the Partial LoRA linear. Built from a configuration, unloaded."""
 
 import torch
 from einops import rearrange

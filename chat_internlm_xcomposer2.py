@@ -225,8 +225,8 @@ class ChatMixin:
         rows = self.model.tok_embeddings.weight.shape[0]
         if rows not in (tokenizer.vocab_size, len(tokenizer)) and len(tokenizer) > rows:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} pieces but the model {rows}; load the tokenizer that lies "
-                "beside the checkpoint"
+                f"the tokenizer has {len(tokenizer)} pieces but the model {rows}; load the tokenizer that "
+                "lies beside the checkpoint"
             )
         if tokenizer.convert_tokens_to_ids(END_OF_TURN) in (None, tokenizer.unk_token_id):
             raise ValueError(
@@ -266,7 +266,9 @@ class _Streamer(TextIteratorStreamer):
     """An iterator of text that can be stopped, and that raises what the generating thread raised."""
 
     def __init__(self, tokenizer) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        # Taking blanks away afterwards would shift what was shown already.
+        cleanup = {"clean_up_tokenization_spaces": False}
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, **cleanup)
         self.stop = _Stop()
         self.errors: Queue = Queue()
 
@@ -315,6 +317,6 @@ def check_length(num_tokens: int, image_lengths: list[int], config, hd_num: int 
         fitting = next((budget for budget in range(hd_num - 1, 0, -1) if count(budget) <= limit), None)
         remedy = f"hd_num={fitting} would fit" if fitting else "pass fewer pictures or frames, or less text"
     raise ValueError(
-        f"the prompt has {num_tokens} tokens, {sum(image_lengths)} of them for {len(image_lengths)} pictures, but "
-        f"the context holds {limit}; {remedy}"
+        f"the prompt has {num_tokens} tokens, {sum(image_lengths)} of them for "
+        f"{len(image_lengths)} pictures, but the context holds {limit}; {remedy}"
     )

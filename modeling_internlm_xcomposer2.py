@@ -18,7 +18,7 @@ from .image_processing_internlm_xcomposer2 import VisProcessor
 from .ixc_utils import get_font, num_image_tokens, num_square_tokens
 from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_infer_mode
 
-# Published names of the decoder's linears -> ours, whose plain linear is a child of its own; and back at saving.
+# Published names of the decoder's linears -> ours, whose plain linear is a child; and back at saving.
 PUBLISHED_KEYS = {r"\.(wqkv|wo|w1|w2|w3)\.weight$": r".\1.linear.weight"}
 
 
@@ -167,7 +167,7 @@ class InternLMXComposer2ForCausalLM(ChatMixin, InternLM2PreTrainedModel, Generat
 
         Args:
             pixel_values: (tiles, 3, side, side), all tiles of all pictures, each global view first.
-            image_grid_hw: (pictures, 2), rows and columns of each picture's local tiles; not needed for squares.
+            image_grid_hw: (pictures, 2), rows and columns of local tiles; squares need none.
 
         Returns:
             `pooler_output`: one (tokens, hidden) tensor per picture.
@@ -196,7 +196,7 @@ class InternLMXComposer2ForCausalLM(ChatMixin, InternLM2PreTrainedModel, Generat
         image_grid_hw: Tensor | None = None,
         im_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Ids and pictures -> (batch, tokens, hidden) embeddings and the (batch, tokens) mask of image tokens.
+        """Ids and pictures -> (batch, tokens, hidden) embeddings, (batch, tokens) mask of image tokens.
 
         Args:
             im_mask: where the image tokens are, if not wherever `config.image_token_id` stands.
@@ -216,8 +216,8 @@ class InternLMXComposer2ForCausalLM(ChatMixin, InternLM2PreTrainedModel, Generat
         num_places = int(im_mask.sum())
         if num_places != num_features:
             raise ValueError(
-                f"the prompt reserves {num_places} image tokens but {len(grids)} pictures give {num_features}; "
-                "check the <ImageHere> marks and image_grid_hw"
+                f"the prompt reserves {num_places} image tokens but {len(grids)} pictures give "
+                f"{num_features}; check the <ImageHere> marks and image_grid_hw"
             )
         embeds = self.model.tok_embeddings(input_ids)
         features = torch.cat(self.get_image_features(pixel_values, image_grid_hw).pooler_output)
@@ -395,7 +395,8 @@ def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> l
     side = config.img_size
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
         raise ValueError(
-            f"pixel_values have the shape {tuple(pixel_values.shape)}; this checkpoint reads (tiles, 3, {side}, {side})"
+            f"pixel_values have the shape {tuple(pixel_values.shape)}; this checkpoint reads "
+            f"(tiles, 3, {side}, {side})"
         )
     if not config.is_tiled:
         if image_grid_hw is not None and len(image_grid_hw) != len(pixel_values):
@@ -409,8 +410,8 @@ def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> l
     num_tiles = sum(1 + rows * cols for rows, cols in grids)
     if any(rows < 1 or cols < 1 for rows, cols in grids) or num_tiles != len(pixel_values):
         raise ValueError(
-            f"image_grid_hw {grids} stands for {num_tiles} tiles with the global views, but pixel_values hold "
-            f"{len(pixel_values)}"
+            f"image_grid_hw {grids} stands for {num_tiles} tiles with the global views, but pixel_values "
+            f"hold {len(pixel_values)}"
         )
     return grids
 

@@ -14,8 +14,8 @@ META_INSTRUCTION = (
     "Shanghai AI Laboratory (上海人工智能实验室). It is designed to be helpful, honest, and harmless.\n"
     "- InternLM-XComposer (浦语·灵笔) can understand and communicate fluently in the language chosen by the "
     "user such as English and 中文.\n"
-    "- InternLM-XComposer (浦语·灵笔) is capable of comprehending and articulating responses effectively based "
-    "on the provided image."
+    "- InternLM-XComposer (浦语·灵笔) is capable of comprehending and articulating responses effectively "
+    "based on the provided image."
 )
 
 
@@ -56,8 +56,8 @@ def place_images(prompt: str, num_images: int, *, version: str) -> list[str]:
         return ["", prompt]
     if num_marks != num_images:
         raise ValueError(
-            f"the prompt has {num_marks} {IMAGE_MARK} marks (history included) but {num_images} pictures were "
-            f"given; put one mark where each picture belongs, and pass the pictures of earlier turns again"
+            f"the prompt has {num_marks} {IMAGE_MARK} marks (history included) but {num_images} pictures "
+            f"were given; put one mark where each belongs, and pass the pictures of earlier turns again"
         )
     return texts
 

@@ -53,6 +53,8 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
     `<s>` goes before each text unless `add_special_tokens=False`; `</s>` goes after it only with
     `add_eos_token=True`. `</s>` is also the padding. `apply_chat_template` writes the turns that the
     models were trained on, `<s>` once at the very start, an image or video as `<ImageHere>`.
+    Decoding takes the blank away from before punctuation, as it did when the checkpoints were published,
+    unless `clean_up_tokenization_spaces=False`.
 
     Raises FileNotFoundError if `vocab_file` does not exist, ValueError if it holds no sentencepiece model
     or one without the special and markup pieces of this family.
@@ -71,6 +73,7 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
         sp_model_kwargs: dict[str, bool | int | float] | None = None,
         add_bos_token: bool = True,
         add_eos_token: bool = False,
+        clean_up_tokenization_spaces: bool = True,
         chat_template: str | dict[str, str] | list[dict[str, str]] | None = None,
         **kwargs,
     ):
@@ -87,6 +90,7 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
             sp_model_kwargs=sp_model_kwargs or {},
             add_bos_token=add_bos_token,
             add_eos_token=add_eos_token,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             chat_template=CHAT_TEMPLATE if chat_template is None else chat_template,
             **kwargs,
         )

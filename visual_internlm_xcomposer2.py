@@ -1,4 +1,4 @@
-"""Pictures and videos as callers pass them -> what the tower reads; planned first, so that counts come cheap."""
+"""Pictures and videos as callers pass them -> what the tower reads. Planned first, so counts are cheap."""
 
 from dataclasses import dataclass
 
