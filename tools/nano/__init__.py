@@ -1,0 +1,1 @@
+"""What trains the nano checkpoint: drawn pictures, questions about them, and the training itself."""
