@@ -1,0 +1,72 @@
+"""Draws the pictures and the video in `examples/`: `python -m tools.nano.examples --out examples`.
+
+The strings, fonts and sizes are held-back ones. The video needs av.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .fonts import find_fonts
+from .pictures import Picture, Thing, draw_object, draw_objects, draw_text, stamp
+from .words import split_of_string
+
+NUMBER, WORD = "6143", "CLOUD"
+VIDEO_SIZE = (240, 180)  # (width, height) px
+FRAMES_PER_SECOND, SECONDS = 10, 3
+
+
+def draw_examples(seed: int) -> dict[str, Picture]:
+    """File name -> picture."""
+    rng, families = random.Random(seed), find_fonts("held_back")
+    circles = [Thing("circle", "blue")] * 4
+    objects = [Thing("square", "red"), Thing("triangle", "green"), Thing("star", "purple")]
+    return {
+        "number.png": draw_text(rng, "held_back", NUMBER, families),
+        "word.jpg": draw_text(rng, "held_back", WORD, families),
+        "star.png": draw_object(rng, "held_back", Thing("star", "orange")),
+        "ring.jpg": draw_object(rng, "held_back", Thing("ring", "green")),
+        "circles.png": draw_objects(rng, "held_back", circles),
+        "objects.png": draw_objects(rng, "held_back", objects),
+    }
+
+
+def draw_video() -> list[np.ndarray]:
+    """Frames of a red circle that moves from left to right, (height, width, 3) uint8."""
+    frames = []
+    for number in range(FRAMES_PER_SECOND * SECONDS):
+        image = Image.new("RGB", VIDEO_SIZE, "white")
+        stamp(ImageDraw.Draw(image), random.Random(0), Thing("circle", "red"), 11 + 5 * number, 53, 71)
+        frames.append(np.asarray(image))
+    return frames
+
+
+def write_video(path: Path, frames: list[np.ndarray]) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=FRAMES_PER_SECOND)
+        stream.width, stream.height = VIDEO_SIZE
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=5)
+    arguments = parser.parse_args()
+    if {split_of_string(NUMBER), split_of_string(WORD)} != {"held_back"}:
+        raise ValueError(f"{NUMBER} and {WORD} are not both held back; choose others")
+    for name, picture in draw_examples(arguments.seed).items():
+        picture.image.save(arguments.out / name, **({"quality": 90} if name.endswith(".jpg") else {}))
+    write_video(arguments.out / "circle.mp4", draw_video())
+
+
+if __name__ == "__main__":
+    main()
