@@ -1,6 +1,6 @@
 """Questions about the pictures in this folder, answered by the small checkpoint that lies in this repository.
 
-    python examples/demo.py
+python examples/demo.py
 """
 
 from pathlib import Path

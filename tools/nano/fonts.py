@@ -55,6 +55,10 @@ def find_fonts(split: str, directories: list[str] | None = None) -> list[list[st
     families = {}
     for name in sorted(found):
         families.setdefault(re.split(r"[-. \d]", name)[0], []).append(found[name])
+    if not families and split != "held_back":
+        raise ValueError(
+            f"no fonts for {split} under {directories or [FONT_ROOT]}; docs/nano.md lists packages to install"
+        )
     return list(families.values()) + ([[BUILT_IN]] if split == "held_back" else [])
 
 

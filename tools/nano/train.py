@@ -26,6 +26,7 @@ from .stages import DenseStage, JointStage, export
 MUON = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.02}
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.98), "weight_decay": 0.05}
 WARM_UP_STEPS = 50
+LOG_EVERY = 50  # steps
 FLOOR = 0.02  # of the learning rate, at the end
 CLIP_NORM = 1.0
 
@@ -134,8 +135,8 @@ class Run:
             self.update(progress)
             self.step += 1
             self.seconds = time.monotonic() - began
-            if self.rank == 0 and self.step % 50 == 0:
-                self.log(loss=sum(losses[-50:]) / 50)
+            if self.rank == 0 and self.step % LOG_EVERY == 0:
+                self.log(loss=sum(losses[-LOG_EVERY:]) / LOG_EVERY)
             if self.step % self.arguments.validate_every == 0 or progress >= 1:
                 self.validate()
                 began = time.monotonic() - self.seconds  # validation does not count
