@@ -1,6 +1,7 @@
 """`chat` and `stream_chat`: questions about pictures and videos, in the forms of both API generations."""
 
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from queue import Queue
 
@@ -240,11 +241,12 @@ class ChatMixin:
             embeds, mask = self.embed_inputs(
                 ids, inputs.get("pixel_values"), inputs.get("image_grid_hw"), inputs.get("im_mask")
             )
-            # By embeddings the repetition penalty sees new tokens only, as in the published code.
-            attention_mask = torch.ones_like(ids)
-            return GenerationMixin.generate(
-                self, inputs_embeds=embeds, im_mask=mask, attention_mask=attention_mask, **kwargs
-            )
+            with warnings.catch_warnings():
+                # By embeddings the penalty sees new tokens only, as in the published code; that is meant.
+                warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
+                return GenerationMixin.generate(
+                    self, inputs_embeds=embeds, im_mask=mask, attention_mask=torch.ones_like(ids), **kwargs
+                )
         sequences = GenerationMixin.generate(self, ids, attention_mask=torch.ones_like(ids), **kwargs)
         return sequences[:, ids.shape[1] :]
 

@@ -78,7 +78,12 @@ def _scaled(t: np.ndarray, key: str, shape: list[int]) -> np.ndarray:
         return t * np.float32(0.05)
     if key.endswith("patch_embedding.weight"):
         return t / np.float32(np.sqrt(np.prod(shape[1:])))
-    for ending, factor in {"_B.weight": 0.5, "wqkv.weight": 1.8, "q_proj.weight": 1.8, "k_proj.weight": 1.8}.items():
+    for ending, factor in {
+        "_B.weight": 0.5,
+        "wqkv.weight": 1.8,
+        "q_proj.weight": 1.8,
+        "k_proj.weight": 1.8,
+    }.items():
         if key.endswith(ending):
             return t * np.float32(factor / np.sqrt(shape[1]))
     if key == "output.weight":
@@ -121,3 +126,63 @@ def write_checkpoint(directory: Path, family: str, **config_changes) -> Path:
     save_file(recipe_state_dict(family), directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps({**published_config(family), **config_changes}))
     return directory
+
+
+TINY_TEXT = {
+    "vocab_size": 640,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "plora_rank": 4,
+}
+TINY_TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+
+
+def tiny_config(version: str = "2.5", **fields):
+    """A model of two layers that speaks the small vocabulary in the repository's root."""
+    from internlm_xcomposer2 import InternLMXcomposer2Config
+
+    defaults = {"task_adapters": {}, "image_token_id": 4, "end_token_id": 5, "vision_config": TINY_TOWER}
+    return InternLMXcomposer2Config(version=version, **{**TINY_TEXT, **defaults, **fields})
+
+
+def tiny_model(version: str = "2.5", seed: int = 0, **fields):
+    """The model of `tiny_config` in evaluation mode, with weights large enough that every part shows."""
+    from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = InternLMXComposer2ForCausalLM(tiny_config(version, **fields)).eval()
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "position" not in name:
+                torch.nn.init.normal_(parameter, std=0.7 / parameter.shape[-1] ** 0.5)
+        torch.nn.init.normal_(model.model.tok_embeddings.weight)
+    return model
+
+
+def random_pictures(model, grids: list[tuple[int, int]], seed: int = 0):
+    """`pixel_values` and `image_grid_hw` of random pictures for a tiny model."""
+    side = model.config.img_size
+    counts = [1 + rows * cols if model.config.is_tiled else 1 for rows, cols in grids]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(counts), 3, side, side, generator=generator), torch.tensor(grids)
+
+
+def prompt_with_pictures(model, grids: list[tuple[int, int]], seed: int = 0) -> list[int]:
+    """Ids of a random prompt in which each picture has its run of image tokens."""
+    rng = np.random.RandomState(seed)
+    ids = [1]
+    for grid in grids:
+        ids += rng.randint(7, 600, size=3).tolist()
+        ids += [model.config.image_token_id] * model.num_image_tokens(*grid)
+    return ids + rng.randint(7, 600, size=5).tolist()

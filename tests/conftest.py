@@ -1,0 +1,55 @@
+"""Fixtures: checkpoints of the golden families, written once per session in the published layout."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import published_tokenizer, tiny_model, write_checkpoint
+from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
+    """Family name -> directory of its checkpoint."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    written: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in written:
+            written[family] = write_checkpoint(folder / family, family)
+        return written[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def family_model(checkpoint) -> Callable[[str], InternLMXComposer2ForCausalLM]:
+    """Family name -> its model in float32. Shared: don't change it."""
+    loaded: dict[str, InternLMXComposer2ForCausalLM] = {}
+
+    def get(family: str) -> InternLMXComposer2ForCausalLM:
+        if family not in loaded:
+            loaded[family] = InternLMXComposer2ForCausalLM.from_pretrained(
+                checkpoint(family), dtype="float32"
+            )
+        return loaded[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory) -> InternLMXComposer2Tokenizer:
+    """The tokenizer of the published checkpoints."""
+    return InternLMXComposer2Tokenizer(str(published_tokenizer()))
+
+
+@pytest.fixture
+def tiny() -> Callable[..., InternLMXComposer2ForCausalLM]:
+    """Configuration fields -> a random model of two layers."""
+    return tiny_model
