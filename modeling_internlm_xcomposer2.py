@@ -14,6 +14,13 @@ from .build_mlp import build_projector, build_vision_projector, build_vision_tow
 from .chat_internlm_xcomposer2 import ChatMixin
 from .checkpoint_internlm_xcomposer2 import HUB_ARGUMENTS, checkpoint_shapes
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+from .embedding_methods_internlm_xcomposer2 import EmbeddingMethodsMixin
+
+# Names that clients import from this module.
+from .embedding_methods_internlm_xcomposer2 import get_stopping_criteria as get_stopping_criteria
+from .embedding_methods_internlm_xcomposer2 import image_extensions as image_extensions
+from .embedding_methods_internlm_xcomposer2 import set_random_seed as set_random_seed
+from .embedding_methods_internlm_xcomposer2 import video_extensions as video_extensions
 from .image_processing_internlm_xcomposer2 import VisProcessor
 from .ixc_utils import get_font, num_image_tokens, num_square_tokens
 from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_infer_mode
@@ -22,7 +29,9 @@ from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_
 PUBLISHED_KEYS = {r"\.(wqkv|wo|w1|w2|w3)\.weight$": r".\1.linear.weight"}
 
 
-class InternLMXComposer2ForCausalLM(ChatMixin, InternLM2PreTrainedModel, GenerationMixin):
+class InternLMXComposer2ForCausalLM(
+    ChatMixin, EmbeddingMethodsMixin, InternLM2PreTrainedModel, GenerationMixin
+):
     """InternLM-XComposer2, -VL, -4KHD and 2.5: a vision tower, a projector and InternLM2 with Partial LoRA.
 
     Two ways in give the same numbers: ids with pictures (`input_ids`, `pixel_values`, `image_grid_hw`), and
