@@ -307,19 +307,32 @@ def check_seed(seed: int) -> None:
 
 @contextlib.contextmanager
 def seeded_generators(seed: int) -> Iterator[None]:
-    """Seed the torch generators that sampling draws from, and put their states back afterwards.
-
-    Those of CUDA only once CUDA is in use: seeding it earlier would take effect after the call.
-    """
+    """Seed the torch generators that sampling draws from, and put their states back afterwards."""
     if seed == NO_SEED:
         yield
         return
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices, device_type="cuda"):
+    with torch.random.fork_rng(devices=()), _seeded_accelerator(seed):
         torch.default_generator.manual_seed(seed)
-        if devices:
-            torch.cuda.manual_seed_all(seed)
         yield
+
+
+@contextlib.contextmanager
+def _seeded_accelerator(seed: int) -> Iterator[None]:
+    """The accelerator's part, if one is in use: seeding it before would take effect after the call."""
+    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    module = torch.get_device_module(kind)
+    if kind == "cpu" or not getattr(module, "is_initialized", lambda: True)():
+        yield
+        return
+    # MPS has one generator, reached without an index.
+    places = [()] if kind == "mps" else [(index,) for index in range(module.device_count())]
+    states = [module.get_rng_state(*place) for place in places]
+    try:
+        (module.manual_seed if kind == "mps" else module.manual_seed_all)(seed)
+        yield
+    finally:
+        for place, state in zip(places, states, strict=True):
+            module.set_rng_state(state, *place)
 
 
 def _plan_page(task: str, image_links: str, output_dir: str | os.PathLike | None, save: bool) -> Path | None:
