@@ -24,13 +24,14 @@ from .embedding_methods_internlm_xcomposer2 import video_extensions as video_ext
 from .image_processing_internlm_xcomposer2 import VisProcessor
 from .ixc_utils import get_font, num_image_tokens, num_square_tokens
 from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_infer_mode
+from .writing_internlm_xcomposer2 import WritingMixin
 
 # Published names of the decoder's linears -> ours, whose plain linear is a child; and back at saving.
 PUBLISHED_KEYS = {r"\.(wqkv|wo|w1|w2|w3)\.weight$": r".\1.linear.weight"}
 
 
 class InternLMXComposer2ForCausalLM(
-    ChatMixin, EmbeddingMethodsMixin, InternLM2PreTrainedModel, GenerationMixin
+    ChatMixin, WritingMixin, EmbeddingMethodsMixin, InternLM2PreTrainedModel, GenerationMixin
 ):
     """InternLM-XComposer2, -VL, -4KHD and 2.5: a vision tower, a projector and InternLM2 with Partial LoRA.
 
