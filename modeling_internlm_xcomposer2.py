@@ -8,7 +8,7 @@ from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, is_flash_attn_2_available, is_kernels_available
 
 from .build_mlp import build_projector, build_vision_projector, build_vision_tower
 from .chat_internlm_xcomposer2 import ChatMixin
@@ -27,7 +27,7 @@ from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_
 from .writing_internlm_xcomposer2 import WritingMixin
 
 # Published names of the decoder's linears -> ours, whose plain linear is a child; and back at saving.
-PUBLISHED_KEYS = {r"\.(wqkv|wo|w1|w2|w3)\.weight$": r".\1.linear.weight"}
+PUBLISHED_KEYS = {r"\.(wqkv|wo|w1|w2|w3)\.weight": r".\1.linear.weight"}
 
 
 class InternLMXComposer2ForCausalLM(
@@ -46,6 +46,7 @@ class InternLMXComposer2ForCausalLM(
     _keys_to_ignore_on_load_unexpected = [r"\.position_ids$", r"\.rotary_emb\.inv_freq$"]
 
     def __init__(self, config: InternLMXcomposer2Config) -> None:
+        check_attention(config)
         super().__init__(config)
         self.model = InternLM2Model(config.text_config)
         self.output = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -101,10 +102,14 @@ class InternLMXComposer2ForCausalLM(
         )
         kwargs["key_mapping"] = {**PUBLISHED_KEYS, **(kwargs.get("key_mapping") or {})}
         config = config.complete_from_shapes(shapes)
+        accept_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs["ignore_mismatched_sizes"] = True  # so that every fault is listed below, not only logged
         model, info = super().from_pretrained(
             source, *model_args, config=config, output_loading_info=True, **kwargs
         )
-        _check_loading(info, source)
+        _check_loading(
+            {**info, "mismatched_keys": () if accept_mismatch else info["mismatched_keys"]}, source
+        )
         model._settle_generation_config()
         return (model, info) if output_loading_info else model
 
@@ -394,6 +399,17 @@ class InternLMXComposer2ForCausalLM(
         if max_length is not None and kwargs.get("max_new_tokens") is None:
             kwargs["max_new_tokens"] = max(1, max_length - 1)
         return torch.full((batch, 1), bos, device=inputs_embeds.device), kwargs
+
+
+def check_attention(config) -> None:
+    """Raise `ValueError` for an attention implementation whose package is not installed."""
+    if config._attn_implementation == "flash_attention_2" and not (
+        is_flash_attn_2_available() or is_kernels_available()
+    ):
+        raise ValueError(
+            "attn_implementation='flash_attention_2' needs the package flash-attn and a GPU; install it with "
+            "'pip install flash-attn --no-build-isolation', or use attn_implementation='sdpa'"
+        )
 
 
 def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> list[tuple[int, int]]:

@@ -1,0 +1,305 @@
+"""Checkpoints as they lie on disk: formats, dtypes, devices, faults, and the way back."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import (
+    FAMILIES,
+    ROOT,
+    family_config,
+    published_config,
+    random_pictures,
+    recipe_state_dict,
+    tiny_config,
+    tiny_model,
+    write_checkpoint,
+)
+from internlm_xcomposer2 import InternLMXcomposer2Config, InternLMXComposer2ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+
+def logits_of(model, seed=0):
+    """Logits of a prompt with one picture."""
+    pixel_values, grids = random_pictures(model, [(1, 1)], seed)
+    ids = [1, *[model.config.image_token_id] * model.num_image_tokens(1, 1), 60, 70, 80]
+    with torch.no_grad():
+        outputs = model(input_ids=torch.tensor([ids]), pixel_values=pixel_values, image_grid_hw=grids)
+    return outputs.logits[:, -4:].float()
+
+
+def write_published(directory, state_dict, fields, *, shards=1, kind="safetensors"):
+    """Weights as safetensors or .bin, whole or sharded, with a published config.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(fields))
+    suffix = {"safetensors": ("model", "safetensors"), "bin": ("pytorch_model", "bin")}[kind]
+    names = sorted(state_dict)
+    weight_map = {}
+    for i in range(shards):
+        part = {name: state_dict[name] for name in names[i::shards]}
+        file = f"{suffix[0]}.{suffix[1]}"
+        if shards > 1:
+            file = f"{suffix[0]}-{i + 1:05}-of-{shards:05}.{suffix[1]}"
+        if kind == "bin":
+            torch.save(part, directory / file)
+        else:
+            save_file(part, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (directory / f"{suffix[0]}.{suffix[1]}.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def published_weights(model):
+    """A model's weights under the published names."""
+    return {name.replace(".linear.", "."): value.clone() for name, value in model.state_dict().items()}
+
+
+def flat_config(model):
+    """What a published file would say of a tiny model."""
+    config = model.config
+    fields = {name: getattr(config, name) for name in family_config("2")["config"] if hasattr(config, name)}
+    if config.version != "2":
+        del fields["img_size"]
+    fields |= {"rope_theta": 1_000_000, "architectures": ["InternLMXComposer2ForCausalLM"]}
+    fields |= {"model_type": "internlm", "attn_implementation": "flash_attention_2", "rope_scaling": None}
+    fields |= {"vision_config": config.vision_config.to_dict(), "image_token_id": 4, "end_token_id": 5}
+    fields["_name_or_path"] = "internlm/internlm-xcomposer2-4khd-7b" if config.version == "2-4khd" else ""
+    return fields
+
+
+@pytest.mark.parametrize("version", ["2", "2-4khd", "2.5"])
+@pytest.mark.parametrize(("kind", "shards"), [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 2)])
+def test_every_format_of_the_published_layout(tmp_path, version, kind, shards):
+    adapters = {"sft": 3, "dpo": 2, "web": 5} if version == "2.5" else {}
+    ranks = {"plora_wqkv_rank": 2, "plora_wqkv_alpha": 4} if version == "2-4khd" else {}
+    model = tiny_model(version, task_adapters=adapters, **ranks)
+    weights = published_weights(model)
+    weights = {name: value for name, value in weights.items() if "post_layernorm" not in name}
+    tower = "vit.vision_tower.vision_model.embeddings"
+    weights[f"{tower}.position_ids"] = torch.arange(17)[None]
+    write_published(tmp_path, weights, flat_config(model), shards=shards, kind=kind)
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert loaded.config.version == version and loaded.config.task_adapters == adapters
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(logits_of(loaded), logits_of(model), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saving_and_loading_is_exact(family, checkpoint, family_model, tmp_path):
+    model = family_model(family)
+    model.save_pretrained(tmp_path)
+    saved, original = load_file(tmp_path / "model.safetensors"), recipe_state_dict(family)
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[name], original[name]) for name in original)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    assert again.config.to_dict() | {"_name_or_path": ""} == model.config.to_dict() | {"_name_or_path": ""}
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_a_model_made_from_a_configuration_saves_published_names(tmp_path):
+    model = tiny_model("2.5")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index) == set(published_weights(model)) and len(set(index.values())) > 1
+    again = InternLMXComposer2ForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(tmp_path, argument, dtype):
+    tiny_model("2.5").save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, **{argument: dtype})
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model.dtype == dtype and logits_of(model).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_attention_implementations_reach_tower_and_decoder(tmp_path, name):
+    tiny_model("2.5").save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, attn_implementation=name)
+    found = (model.config, model.model.config, model.vit.vision_tower.config)
+    assert {config._attn_implementation for config in found} == {name}
+    torch.testing.assert_close(logits_of(model), logits_of(tiny_model("2.5")), rtol=0, atol=1e-5)
+    model.set_attn_implementation("eager" if name == "sdpa" else "sdpa")
+    assert model.model.config._attn_implementation != name
+
+
+def test_flash_attention_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    tiny_model("2.5").save_pretrained(tmp_path)
+    names = InternLMXComposer2ForCausalLM.__init__.__globals__["check_attention"].__globals__
+    monkeypatch.setitem(names, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setitem(names, "is_kernels_available", lambda: False)
+    with pytest.raises(ValueError, match="pip install flash-attn.*sdpa"):
+        AutoModel.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+
+
+DEVICE_MAPS = {
+    "by hand": {"": "cpu"},
+    "disk": {
+        "vit": "cpu",
+        "vision_proj": "disk",
+        "plora_glb_GN": "cpu",
+        "plora_sub_GN": "cpu",
+        "model.tok_embeddings": "cpu",
+        "model.layers.0": "disk",
+        "model.layers.1": "cpu",
+        "model.norm": "cpu",
+        "output": "disk",
+    },
+    "auto": "auto",
+}
+
+
+@pytest.mark.parametrize("kind", DEVICE_MAPS)
+def test_device_maps_give_the_same_logits(tmp_path, kind):
+    reference = tiny_model("2.5")
+    reference.save_pretrained(tmp_path / "model")
+    kwargs = {"device_map": DEVICE_MAPS[kind], "offload_folder": tmp_path / "offload"}
+    if kind == "auto":
+        kwargs["max_memory"] = {"cpu": "120KB"}
+    model = AutoModel.from_pretrained(tmp_path / "model", **kwargs)
+    if kind != "by hand":
+        assert "disk" in model.hf_device_map.values()
+    torch.testing.assert_close(logits_of(model), logits_of(reference), rtol=0, atol=1e-6)
+    prompt = torch.tensor([[1, 60, 70]])
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    assert torch.equal(model.generate(prompt, **settings), reference.generate(prompt, **settings))
+
+
+def test_missing_and_unknown_tensors_are_listed(tmp_path):
+    model = tiny_model("2.5")
+    weights = published_weights(model)
+    weights["score.weight"] = weights.pop("output.weight")[:1]
+    write_published(tmp_path, weights, flat_config(model))
+    with pytest.raises(ValueError, match=r"1 missing: output\.weight.*1 unexpected: score\.weight"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_tensor_of_another_shape_is_listed(tmp_path):
+    model = tiny_model("2.5")
+    weights = published_weights(model)
+    weights["model.norm.weight"] = torch.ones(7)
+    write_published(tmp_path, weights, flat_config(model))
+    with pytest.raises(ValueError, match=r"1 of another shape: .*model\.norm\.weight"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_other_checkpoints_are_refused(tmp_path):
+    write_published(tmp_path, {"lm_head.weight": torch.ones(2, 2)}, published_config("2"))
+    with pytest.raises(ValueError, match="no InternLM-XComposer2 checkpoint: its 1 tensors lack"):
+        AutoModel.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(ValueError, match="can't be read as a file of weights"):
+        AutoModel.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no weights in"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_lost_shard_is_named(tmp_path):
+    model = tiny_model("2.5")
+    write_published(tmp_path, published_weights(model), flat_config(model), shards=3)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 of its 3 shards: model-00002-of-00003"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_text_only_checkpoints_of_the_same_model_type_are_left_alone(tmp_path):
+    fields = {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="InternLM2ForCausalLM is no InternLM-XComposer2"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_configuration_takes_flat_and_nested_fields():
+    flat = InternLMXcomposer2Config(**family_config("vl")["config"])
+    assert (flat.version, flat.img_size, flat.max_length, flat.hidden_size) == ("2", 490, 4096, 64)
+    nested = InternLMXcomposer2Config(**flat.to_dict())
+    assert nested.to_dict() == flat.to_dict()
+    nested.use_cache = False
+    assert nested.text_config.use_cache is False and flat.text_config.use_cache is True
+    assert flat.get_text_config() is flat.text_config and flat != flat.get_text_config()
+    assert InternLMXcomposer2Config(version="2.5").task_adapters == {"sft": 256, "dpo": 256, "web": 512}
+    khd = InternLMXcomposer2Config(version="2-4khd")
+    assert (khd.plora_wqkv_rank, khd.plora_wqkv_alpha, khd.plora_rank, khd.hd_num) == (8, 16, 256, 25)
+
+
+def test_settings_of_the_caller_survive_loading(tmp_path):
+    tiny_model("2.5").save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.use_cache, config.max_length = False, 77
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    assert model.config.use_cache is False and model.max_length == 77
+    generated = model.generate(torch.tensor([[1, 60]]), max_new_tokens=2, do_sample=False)
+    assert generated.shape[1] <= 4
+
+
+def test_generation_stops_at_the_end_of_a_turn(checkpoint):
+    model = AutoModel.from_pretrained(checkpoint("2"))
+    assert model.generation_config.eos_token_id == [2, 92542]
+    assert model.generation_config.max_length is None
+
+
+REMOTE = """
+import socket, sys
+import torch
+real = socket.socket.connect
+def refuse(self, address):
+    if self.family != socket.AF_UNIX:
+        raise AssertionError(f"reached for the network: {address}")
+    return real(self, address)
+socket.socket.connect = refuse
+socket.getaddrinfo = lambda *a, **k: (_ for _ in ()).throw(AssertionError("resolved a name"))
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+source, target = sys.argv[1:]
+config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+model = AutoModel.from_pretrained(source, trust_remote_code=True, torch_dtype=torch.float32)
+assert "transformers_modules" in type(model).__module__, type(model)
+assert "internlm_xcomposer2" not in sys.modules
+causal = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+assert type(causal).__name__ == type(model).__name__
+tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+picture = torch.rand(3, 60, 80)
+answer, history = model.chat(tokenizer, "Is it there?", picture, max_new_tokens=3, do_sample=False)
+assert history == [("Is it there?", answer)]
+model.save_pretrained(target)
+again = AutoModel.from_pretrained(target, trust_remote_code=True)
+assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+print("answered:", answer)
+"""
+
+
+def test_remote_code_beside_a_checkpoint_without_network(tmp_path):
+    source = tmp_path / "checkpoint"
+    model = tiny_model("2.5")
+    fields = {**flat_config(model), "auto_map": published_config("2")["auto_map"]}
+    write_published(source, published_weights(model), fields)
+    for path in [*ROOT.glob("*.py"), ROOT / "tokenizer.model", ROOT / "tokenizer_config.json"]:
+        if path.name != "__init__.py":
+            shutil.copy(path, source)
+    command = [sys.executable, "-I", "-c", REMOTE, str(source), str(tmp_path / "saved")]
+    environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "", "HOME": str(tmp_path)}
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "answered:" in result.stdout
+
+
+def test_an_unknown_version_is_refused():
+    with pytest.raises(ValueError, match="unknown version '3'.*2, 2-4khd, 2.5"):
+        tiny_config("3")
+
+
+def test_writing_a_checkpoint_is_what_loading_reads(tmp_path, family_model):
+    directory = write_checkpoint(tmp_path / "2", "2", model_type="internlmxcomposer2")
+    config = AutoConfig.from_pretrained(directory)
+    assert type(config) is InternLMXcomposer2Config and config.version == "2"
