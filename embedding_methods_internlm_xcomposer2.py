@@ -6,6 +6,7 @@ told apart by `config.version`: "2" and "2-4khd" on one side, "2.5" on the other
 
 import random
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -364,7 +365,7 @@ def find_answers(ids: list[int], opening: list[int], end: int) -> list[tuple[int
     """
     starts = [index for index, token in enumerate(ids) if token == opening[0]]
     spans = []
-    for start, following in zip(starts, [*starts[1:], len(ids)], strict=True):
+    for start, following in pairwise([*starts, len(ids)]):
         first = start + len(opening) + 1
         if ids[start : start + len(opening)] != opening:
             continue
