@@ -77,26 +77,20 @@ class ChatMixin:
         """
         if isinstance(hd_num, list | tuple):  # history is the fourth argument of the older generation
             hd_num, history = None, hd_num
-        check_infer_mode(infer_mode, self.config.text_config)
-        history = check_turns(query, history)
-        self.check_tokenizer(tokenizer)
         if streamer is not None and num_beams > 1:
             raise ValueError(f"a streamer shows one answer as it grows, but num_beams is {num_beams}; use 1")
-        use_meta = self.config.version != "2.5" if use_meta is None else use_meta
-        sampling = {"temperature": temperature, "top_p": top_p} if do_sample else {}
-        inputs = self.prepare_chat(
-            tokenizer, query, image, hd_num, history, (meta_instruction or "") if use_meta else ""
-        )
+        check_infer_mode(infer_mode, self.config.text_config)
+        history = check_turns(query, history)
+        meta = self._system_text(use_meta, meta_instruction)
+        inputs = self.prepare_chat(tokenizer, query, image, hd_num, history, meta)
         sequences = self._generate_answer(
             inputs,
             streamer=streamer,
             infer_mode=infer_mode,
             max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
             num_beams=num_beams,
             repetition_penalty=repetition_penalty,
-            **{"eos_token_id": self.stop_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id},
-            **sampling,
+            **self._token_choice(tokenizer, do_sample, temperature, top_p),
             **generate_kwargs,
         )
         response = cut_response(tokenizer.decode(sequences[0].tolist(), skip_special_tokens=True))
@@ -112,39 +106,51 @@ class ChatMixin:
         do_sample: bool = True,
         temperature: float = 0.8,
         top_p: float = 0.8,
-        **kwargs,
+        repetition_penalty: float = 1.005,
+        hd_num: int | None = None,
+        infer_mode: str = "base",
+        use_meta: bool | None = None,
+        meta_instruction: str | None = META_INSTRUCTION,
+        **generate_kwargs,
     ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """As `chat`, as a generator of (answer so far, history so far) that begins with an empty answer.
+        """As `chat`, with an iterator of (answer so far, history so far) that begins with an empty answer.
 
-        Closing the generator stops the computation after the current token.
+        Closing the iterator stops the computation after the current token.
 
         Raises:
-            ValueError, TypeError, FileNotFoundError: as `chat`, when the first answer is asked for.
+            ValueError, TypeError, FileNotFoundError: as `chat`, at the call.
         """
+        if generate_kwargs.get("num_beams", 1) > 1:
+            raise ValueError(
+                f"a stream shows one answer, but num_beams is {generate_kwargs['num_beams']}; use 1"
+            )
+        check_infer_mode(infer_mode, self.config.text_config)
         history = check_turns(query, history)
-        self.check_tokenizer(tokenizer)
+        meta = self._system_text(use_meta, meta_instruction)
+        inputs = self.prepare_chat(tokenizer, query, image, hd_num, history, meta)
+        settings = {
+            "infer_mode": infer_mode,
+            "max_new_tokens": max_new_tokens,
+            "repetition_penalty": repetition_penalty,
+            **self._token_choice(tokenizer, do_sample, temperature, top_p),
+            **generate_kwargs,
+        }
+        return self._stream_answer(tokenizer, query, history, inputs, settings)
+
+    def _stream_answer(
+        self, tokenizer, query: str, history: list[tuple[str, str]], inputs: dict, settings: dict
+    ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """Generate in a thread and yield the answer as it grows."""
+        yield "", [*history, (query, "")]
         streamer = _Streamer(tokenizer)
-        criteria = StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or []), streamer.stop])
+        criteria = StoppingCriteriaList([*(settings.pop("stopping_criteria", None) or []), streamer.stop])
 
         def work() -> None:
             try:
-                self.chat(
-                    tokenizer,
-                    query,
-                    image,
-                    history=history,
-                    streamer=streamer,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=do_sample,
-                    temperature=temperature,
-                    top_p=top_p,
-                    stopping_criteria=criteria,
-                    **kwargs,
-                )
+                self._generate_answer(inputs, streamer=streamer, stopping_criteria=criteria, **settings)
             except BaseException as error:  # handed to the reader, in whose thread it is raised
                 streamer.fail(error)
 
-        yield "", [*history, (query, "")]
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
@@ -171,6 +177,7 @@ class ChatMixin:
         Returns:
             `input_ids`, and with pictures `pixel_values`, `image_grid_hw` and `im_mask`.
         """
+        self.check_tokenizer(tokenizer)
         if image is None or (self.config.version != "2.5" and isinstance(image, list | tuple) and not image):
             inputs = self.build_inputs(tokenizer, query, history, meta)
             check_length(inputs["input_ids"].shape[1], [], self.config)
@@ -209,6 +216,17 @@ class ChatMixin:
         check_length(len(prompt.ids), lengths, self.config, hd_num, count)
         return prompt
 
+    def _system_text(self, use_meta: bool | None, meta_instruction: str | None) -> str:
+        """The system text if it is wanted; 2.5 leaves it out unless asked."""
+        use_meta = self.config.version != "2.5" if use_meta is None else use_meta
+        return (meta_instruction or "") if use_meta else ""
+
+    def _token_choice(self, tokenizer, do_sample: bool, temperature: float, top_p: float) -> dict:
+        """`generate`'s arguments on how tokens are drawn and where an answer ends."""
+        sampling = {"temperature": temperature, "top_p": top_p} if do_sample else {}
+        stops = {"eos_token_id": self.stop_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        return {"do_sample": do_sample, **stops, **sampling}
+
     def default_hd_num(self, num_visuals: int) -> int:
         """The budget of tiles where the caller names none."""
         if self.config.version == "2.5" and num_visuals > 1:
@@ -234,6 +252,7 @@ class ChatMixin:
                 f"the tokenizer has no piece {END_OF_TURN}, which ends every turn of these models"
             )
 
+    @torch.no_grad()
     def _generate_answer(self, inputs: dict, **kwargs) -> Tensor:
         """Generate from `prepare_chat`'s inputs -> (sequences, new tokens), the prompt left out."""
         ids = inputs["input_ids"]
@@ -244,11 +263,12 @@ class ChatMixin:
             with warnings.catch_warnings():
                 # By embeddings the penalty sees new tokens only, as in the published code; that is meant.
                 warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
-                return GenerationMixin.generate(
+                sequences = GenerationMixin.generate(
                     self, inputs_embeds=embeds, im_mask=mask, attention_mask=torch.ones_like(ids), **kwargs
                 )
+            return getattr(sequences, "sequences", sequences)
         sequences = GenerationMixin.generate(self, ids, attention_mask=torch.ones_like(ids), **kwargs)
-        return sequences[:, ids.shape[1] :]
+        return getattr(sequences, "sequences", sequences)[:, ids.shape[1] :]
 
 
 class _Stop(StoppingCriteria):

@@ -1,0 +1,276 @@
+"""`chat` and `stream_chat`: forms of call, prompts, and what is refused before anything is computed."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, golden_directory, tiny_model
+from internlm_xcomposer2 import InternLMXComposer2Tokenizer
+from internlm_xcomposer2.prompt_internlm_xcomposer2 import (
+    META_INSTRUCTION,
+    encode_prompt,
+    format_prompt,
+    place_images,
+)
+from PIL import Image
+
+GREEDY = {"do_sample": False, "max_new_tokens": 5}
+END, BEGIN = 5, 6  # the markup of the small vocabulary
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return InternLMXComposer2Tokenizer(str(ROOT / "tokenizer.model"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("2.5")
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.open(golden_directory() / "inputs" / "small.png").convert("RGB")
+
+
+def prompt_ids(model, tokenizer, query="hi", image=(), history=(), meta="", hd_num=None):
+    return model.prepare_chat(tokenizer, query, image, hd_num, list(history), meta)["input_ids"][0].tolist()
+
+
+def test_a_picture_without_a_mark_goes_to_the_front(model, tokenizer, picture):
+    history = [("one", "two")]
+    ids = prompt_ids(model, tokenizer, "three", picture, history, "system")
+    length = ids.count(4)
+    assert ids[:1] == [1] and set(ids[1 : 1 + length]) == {4} and length == model.num_image_tokens(3, 4)
+    assert (
+        ids[1 + length :]
+        == tokenizer(format_prompt("three", history, "system"), add_special_tokens=False).input_ids
+    )
+
+
+def test_a_mark_keeps_its_place(model, tokenizer, picture):
+    ids = prompt_ids(model, tokenizer, "see <ImageHere> there", picture)
+    start = ids.index(4)
+    assert tokenizer.decode(ids[1:start]) == "[UNUSED_TOKEN_146]user\nsee "
+    assert ids.count(1) == 1
+
+
+@pytest.mark.parametrize("version", ["2", "2-4khd"])
+def test_older_versions_put_bos_before_every_text(version, tokenizer, picture):
+    model = tiny_model(version)
+    ids = prompt_ids(model, tokenizer, "<ImageHere>what?", str(golden_directory() / "inputs" / "small.png"))
+    after = max(i for i, token in enumerate(ids) if token == 4) + 1
+    assert ids[0] == 1 and ids[after] == 1 and ids.count(1) == 2
+    with pytest.raises(ValueError, match="0 <ImageHere> marks.*1 pictures"):
+        prompt_ids(model, tokenizer, "what?", picture)
+
+
+def test_no_picture_and_an_empty_list_differ_in_bos(model, tokenizer):
+    assert prompt_ids(model, tokenizer, image=None)[:3] == [1, 1, BEGIN]
+    assert prompt_ids(model, tokenizer, image=[])[:2] == [1, BEGIN]
+    assert prompt_ids(tiny_model("2"), tokenizer, image=[])[:3] == [1, 1, BEGIN]
+
+
+def test_system_text_is_the_versions_habit(tokenizer):
+    for version, expected in (("2.5", False), ("2", True), ("2-4khd", True)):
+        system = tiny_model(version)._system_text(None, META_INSTRUCTION)
+        assert bool(system) is expected
+    assert tiny_model("2.5")._system_text(True, None) == ""
+
+
+def test_pure_prompt_functions(tokenizer):
+    texts = place_images("a<ImageHere>b<ImageHere>", 2, version="2.5")
+    assert texts == ["a", "b", ""]
+    prompt = encode_prompt(tokenizer, texts, [2, 1], version="2.5", image_token_id=4)
+    a, b = (tokenizer(text, add_special_tokens=False).input_ids for text in "ab")
+    assert prompt.ids == [1, *a, 4, 4, *b, 4]
+    assert prompt.is_image == [False] * (1 + len(a)) + [True] * 2 + [False] * len(b) + [True]
+
+
+def forms_of(picture: Image.Image, folder: Path):
+    """The same picture in every form that callers keep it in."""
+    path = folder / "picture.png"
+    picture.save(path)
+    pixels = np.array(picture)
+    import base64
+
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    return {
+        "path": str(path),
+        "pathlib": path,
+        "PIL": picture,
+        "bytes": path.read_bytes(),
+        "file": io.BytesIO(path.read_bytes()),
+        "data URI": f"data:image/png;base64,{encoded}",
+        "array": pixels,
+        "tensor": torch.from_numpy(pixels).permute(2, 0, 1).float() / 255,
+        "list": [picture],
+        "tuple": (str(path),),
+    }
+
+
+def test_every_form_of_a_picture_gives_the_same_answer(model, tokenizer, picture, tmp_path):
+    answers = {
+        name: model.chat(tokenizer, "what?", form, **GREEDY)
+        for name, form in forms_of(picture, tmp_path).items()
+    }
+    assert len({response for response, _ in answers.values()}) == 1
+
+
+@pytest.mark.parametrize("version", ["2", "2-4khd", "2.5"])
+def test_forms_of_both_generations(version, tokenizer, picture, tmp_path):
+    model, path = tiny_model(version), str(tmp_path / "p.png")
+    picture.save(path)
+    question = "<ImageHere>what?"
+    first, history = model.chat(tokenizer, question, path, **GREEDY)
+    assert history == [(question, first)]
+    assert model.chat(tokenizer, query=question, image=[path], history=[], **GREEDY)[0] == first
+    assert model.chat(tokenizer, question, path, [], **GREEDY)[0] == first  # history as fourth argument
+    second, history = model.chat(tokenizer, "and?", path, history=history, **GREEDY)
+    assert history == [(question, first), ("and?", second)]
+    as_lists = [[question, first]]
+    assert model.chat(tokenizer, "and?", path, history=as_lists, **GREEDY)[0] == second
+
+
+def test_normalised_pixels_are_taken_as_they_are(tokenizer, picture):
+    model = tiny_model("2")
+    pixels = model.vis_processor(picture)[None]
+    expected = model.chat(tokenizer, "<ImageHere>what?", picture, **GREEDY)
+    assert model.chat(tokenizer, "<ImageHere>what?", pixels, **GREEDY) == expected
+    with pytest.raises(ValueError, match=r"56 x 56.*\(3, 56, 57\)"):
+        model.chat(tokenizer, "<ImageHere>what?", torch.rand(1, 3, 56, 57), **GREEDY)
+
+
+def test_hd_num_defaults_and_wins(tokenizer, picture):
+    model = tiny_model("2.5", hd_num=24)
+    large = picture.resize((900, 900))
+    one, several = prompt_ids(model, tokenizer, "x", large), ["<ImageHere>" * 2, [large, large]]
+    assert one.count(4) == model.num_image_tokens(4, 4)
+    assert prompt_ids(model, tokenizer, *several).count(4) == 2 * model.num_image_tokens(2, 2)
+    assert prompt_ids(model, tokenizer, *several, hd_num=9).count(4) == 2 * model.num_image_tokens(3, 3)
+    assert prompt_ids(model, tokenizer, "x", large, hd_num=1).count(4) == model.num_image_tokens(1, 1)
+
+
+def test_a_text_that_spells_the_image_piece_is_no_picture(model, tokenizer, picture):
+    response, _ = model.chat(tokenizer, "what is [UNUSED_TOKEN_1]?", picture, **GREEDY)
+    assert isinstance(response, str)
+    assert isinstance(model.chat(tokenizer, "what is [UNUSED_TOKEN_1]?", **GREEDY)[0], str)
+
+
+def test_a_video_is_one_picture(model, tokenizer):
+    frames = [Image.new("RGB", (80, 60), (40 * i, 0, 0)) for i in range(3)]
+    from_list = prompt_ids(model, tokenizer, "what?", [frames])
+    from_file = prompt_ids(model, tokenizer, "what?", str(golden_directory() / "inputs" / "tall_3s.mp4"))
+    assert from_list.count(4) > 0 and from_file.count(4) > 0
+    with pytest.raises(ValueError, match="reads no videos"):
+        prompt_ids(tiny_model("2"), tokenizer, "<ImageHere>?", [frames])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"query": 3}, TypeError, "query must be a str, not int"),
+        ({"history": ["hello"]}, TypeError, "one turn is 'hello'"),
+        ({"history": [("a", "b", "c")]}, TypeError, "one turn is"),
+        ({"image": "nowhere.png"}, FileNotFoundError, "nowhere.png"),
+        ({"image": 3}, TypeError, "int"),
+        ({"image": b"GIF89"}, ValueError, "picture"),
+        ({"image": "data:image/png;base64,@@@"}, ValueError, "base64"),
+        ({"query": "<ImageHere><ImageHere>"}, ValueError, "2 <ImageHere> marks.*1 pictures"),
+        ({"hd_num": 0}, ValueError, "0"),
+        ({"hd_num": 2.5}, TypeError, "2.5|float"),
+        ({"infer_mode": "paint"}, ValueError, "'paint'"),
+        ({"infer_mode": "web"}, ValueError, "needs the adapters web"),
+        ({"num_beams": 2, "streamer": object()}, ValueError, "num_beams is 2"),
+        ({"tokenizer": None}, ValueError, "no tokenizer"),
+        ({"query": "word " * 2000}, ValueError, "context holds 1024"),
+    ],
+)
+def test_bad_input_is_refused_before_any_compute(model, tokenizer, picture, arguments, error, words):
+    call = {"tokenizer": tokenizer, "query": "what?", "image": picture, **GREEDY, **arguments}
+    before = dict(vars(model))
+    handles = [
+        part.register_forward_pre_hook(lambda *_: pytest.fail("ran")) for part in (model.vit, model.model)
+    ]
+    try:
+        with pytest.raises(error, match=words):
+            model.chat(**call)
+        call.pop("streamer", None)
+        with pytest.raises(error, match=words):
+            model.stream_chat(**call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert vars(model).keys() == before.keys()
+
+
+def test_a_prompt_beyond_the_context_says_what_would_fit(tokenizer, picture):
+    model = tiny_model("2.5", max_position_embeddings=128)
+    large = picture.resize((900, 900))
+    with pytest.raises(ValueError, match=r"the prompt has (\d+) tokens, 79 of them for 1 pictures.*holds 64"):
+        small = tiny_model("2.5", max_position_embeddings=64)
+        small.chat(tokenizer, "x", large, hd_num=16, **GREEDY)
+    with pytest.raises(ValueError, match=r"hd_num=\d+ would fit"):
+        model.chat(tokenizer, "x", large, hd_num=100, **GREEDY)
+    stretched = tiny_model("2.5", max_position_embeddings=64, rope_scaling={"type": "dynamic", "factor": 4.0})
+    assert stretched.chat(tokenizer, "x", large, hd_num=16, **GREEDY)[1]
+
+
+def test_a_foreign_vocabulary_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="tokenizer has 640 pieces but the model 100"):
+        tiny_model("2.5", vocab_size=100, image_token_id=4).chat(tokenizer, "hi", **GREEDY)
+
+
+def test_sampling_is_reproducible_and_differs(model, tokenizer, picture):
+    answers = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        answers.append(
+            model.chat(tokenizer, "what?", picture, max_new_tokens=8, temperature=2.0, top_p=1.0)[0]
+        )
+    assert answers[0] == answers[1] != answers[2]
+
+
+@pytest.mark.parametrize("version", ["2", "2.5"])
+def test_streaming_ends_in_the_answer(version, tokenizer, picture):
+    model = tiny_model(version)
+    question = "<ImageHere>what?"
+    steps = list(model.stream_chat(tokenizer, question, picture, do_sample=False, max_new_tokens=8))
+    expected = model.chat(tokenizer, question, picture, do_sample=False, max_new_tokens=8)
+    assert steps[0] == ("", [(question, "")])
+    texts = [text for text, _ in steps]
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    plain = InternLMXComposer2Tokenizer(str(ROOT / "tokenizer.model"), clean_up_tokenization_spaces=False)
+    assert steps[-1] == model.chat(plain, question, picture, do_sample=False, max_new_tokens=8)
+    assert steps[-1][0].replace(" ", "") == expected[0].replace(" ", "")
+
+
+def test_a_stream_can_be_left_early(model, tokenizer, picture):
+    counted = []
+    handle = model.output.register_forward_hook(lambda *_: counted.append(1))
+    stream = model.stream_chat(tokenizer, "what?", picture, do_sample=False, max_new_tokens=500)
+    next(stream)
+    next(stream)
+    stream.close()
+    handle.remove()
+    assert len(counted) < 400
+
+
+def test_an_error_while_streaming_reaches_the_reader(model, tokenizer, picture):
+    def fail(*_):
+        raise RuntimeError("broken layer")
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="broken layer"):
+            list(model.stream_chat(tokenizer, "what?", picture, max_new_tokens=3))
+    finally:
+        handle.remove()
+
+
+def test_chat_inside_autocast(model, tokenizer, picture):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        response, _ = model.chat(tokenizer, "what?", picture, **GREEDY)
+    assert isinstance(response, str)
