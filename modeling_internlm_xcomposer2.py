@@ -101,6 +101,7 @@ class InternLMXComposer2ForCausalLM(
             else {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         )
         kwargs["key_mapping"] = {**PUBLISHED_KEYS, **(kwargs.get("key_mapping") or {})}
+        _check_not_packed(shapes, config, source)
         config = config.complete_from_shapes(shapes)
         accept_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = True  # so that every fault is listed below, not only logged
@@ -440,6 +441,16 @@ def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> l
             f"hold {len(pixel_values)}"
         )
     return grids
+
+
+def _check_not_packed(shapes: dict, config, source) -> None:
+    """Raise `ValueError` for 4-bit weights that no quantiser has been named for."""
+    num_packed = sum(name.endswith(".qweight") for name in shapes)
+    if num_packed and getattr(config, "quantization_config", None) is None:
+        raise ValueError(
+            f"{source} holds {num_packed} packed weights (GPTQ or AWQ), which this package does not unpack, and its "
+            "config.json names no quantization_config; load the unquantised checkpoint"
+        )
 
 
 def _check_loading(info: dict, source) -> None:
