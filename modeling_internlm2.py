@@ -3,6 +3,7 @@
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -251,6 +252,16 @@ class InternLM2PreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the base class; new low-rank weights change nothing until they are trained (LoRA's own start)."""
+        super()._init_weights(module)
+        if isinstance(module, PLoRA):
+            for name, child in module.named_children():
+                if name.endswith("_A"):
+                    init.kaiming_uniform_(child.weight, a=5**0.5)
+                elif name.endswith("_B"):
+                    init.zeros_(child.weight)
 
 
 class InternLM2Model(InternLM2PreTrainedModel):

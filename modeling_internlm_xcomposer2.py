@@ -5,6 +5,7 @@ import os
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -124,7 +125,7 @@ class InternLMXComposer2ForCausalLM(
         super()._init_weights(module)
         if module is self and self.config.is_tiled:
             for newline in (self.plora_glb_GN, self.plora_sub_GN):
-                torch.nn.init.normal_(newline, std=self.config.text_config.initializer_range)
+                init.normal_(newline, std=self.config.text_config.initializer_range)
 
     def _settle_generation_config(self) -> None:
         """Let `generate` stop at the end of a turn, which the published configurations leave out.
@@ -448,8 +449,8 @@ def _check_not_packed(shapes: dict, config, source) -> None:
     num_packed = sum(name.endswith(".qweight") for name in shapes)
     if num_packed and getattr(config, "quantization_config", None) is None:
         raise ValueError(
-            f"{source} holds {num_packed} packed weights (GPTQ or AWQ), which this package does not unpack, and its "
-            "config.json names no quantization_config; load the unquantised checkpoint"
+            f"{source} holds {num_packed} packed weights (GPTQ or AWQ), which this package does not unpack, and "
+            "its config.json names no quantization_config; load the unquantised checkpoint"
         )
 
 

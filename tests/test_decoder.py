@@ -4,6 +4,7 @@ import pytest
 import torch
 from einops import rearrange
 from helpers import tiny_config, tiny_model
+from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 from internlm_xcomposer2.build_mlp import PLoRA
 from internlm_xcomposer2.modeling_internlm2 import InternLM2RotaryEmbedding
 from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
@@ -142,6 +143,15 @@ def test_low_rank_weights_act_on_image_tokens_only():
     for kind in (torch.float32, torch.long, torch.bool):
         torch.testing.assert_close(layer(x, mask.to(kind)), expected)
     assert torch.equal(layer(x), plain) and torch.equal(layer(x, torch.zeros(2, 5)), plain)
+
+
+@torch.no_grad()
+def test_new_low_rank_weights_change_nothing_yet(ids):
+    config = tiny_config(task_adapters={"web": 5})
+    model = InternLMXComposer2ForCausalLM(config).eval().model
+    mask = torch.ones(2, 17)
+    assert torch.equal(model(ids, im_mask=mask, infer_mode="web")[0], model(ids)[0])
+    assert model.layers[0].attention.wqkv.Plora_A.weight.std() > 0
 
 
 @torch.no_grad()
