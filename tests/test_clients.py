@@ -8,7 +8,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import dispatch_model, init_empty_weights, load_checkpoint_and_dispatch
 from helpers import ROOT, golden_directory, needs_published_tokenizer, read_json, tiny_model
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Tokenizer, ixc_utils
 from internlm_xcomposer2.build_mlp import CLIPVisionTower
@@ -506,6 +506,26 @@ def test_the_tower_alone(version, load):
         pieces = [model.vision_proj(piece) for piece in listed]
     for piece, image in zip(pieces, images, strict=True):
         torch.testing.assert_close(piece, model.encode_img(image), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lmdeploy_loads_the_vision_part_alone(load, tmp_path):
+    whole = load("2.5")
+    whole.save_pretrained(tmp_path)
+    with init_empty_weights():
+        model = InternLMXComposer2ForCausalLM(whole.config)
+        model.vit.load_model()
+        model.vit.resize_pos()
+        model.vit.vision_tower.vision_model.post_layernorm.to_empty(device="cpu").half()
+    del model.model
+    del model.output
+    options = {"no_split_module_classes": ["CLIPEncoderLayer"], "dtype": torch.float32}
+    load_checkpoint_and_dispatch(model, tmp_path, device_map={"": "cpu"}, **options)
+    pixels = prepared(whole)
+    embeds, split = model.vit([pixels, pixels], model.plora_glb_GN, model.plora_sub_GN)
+    for piece in torch.split(model.vision_proj(embeds), split, dim=1):
+        torch.testing.assert_close(piece, whole.encode_img(pixels))
 
 
 def test_ixc_utils_is_a_module_of_its_own(tmp_path):
