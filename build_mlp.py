@@ -176,6 +176,10 @@ class CLIPVisionTower(nn.Module):
         return torch.cat(embeds)[None], [len(embed) for embed in embeds]
 
 
+class LowRankUp(nn.Linear):
+    """The second of two low-rank factors (B): a linear of its own kind, because new ones start at zero."""
+
+
 class PLoRA(nn.Module):
     """A linear layer whose low-rank weights act on image tokens only (Partial LoRA, arXiv:2401.16420).
 
@@ -199,10 +203,10 @@ class PLoRA(nn.Module):
         self.lora_dropout = nn.Dropout(lora_dropout)
         self.lora_scaling = (lora_r if lora_alpha is None else lora_alpha) / lora_r
         self.Plora_A = nn.Linear(in_features, lora_r, bias=False)
-        self.Plora_B = nn.Linear(lora_r, out_features, bias=False)
+        self.Plora_B = LowRankUp(lora_r, out_features, bias=False)
         for name, rank in (adapters or {}).items():
             self.add_module(f"lora_{name}_A", nn.Linear(in_features, rank, bias=False))
-            self.add_module(f"lora_{name}_B", nn.Linear(rank, out_features, bias=False))
+            self.add_module(f"lora_{name}_B", LowRankUp(rank, out_features, bias=False))
 
     @property
     def weight(self) -> Tensor:

@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .build_mlp import PLoRA, image_row_indices
+from .build_mlp import LowRankUp, PLoRA, image_row_indices
 from .configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2TextConfig
 
 
@@ -254,14 +254,10 @@ class InternLM2PreTrainedModel(PreTrainedModel):
         return True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As the base class; new low-rank weights change nothing until they are trained (LoRA's own start)."""
+        """As the base class; new low-rank weights change nothing until trained (LoRA's own start)."""
         super()._init_weights(module)
-        if isinstance(module, PLoRA):
-            for name, child in module.named_children():
-                if name.endswith("_A"):
-                    init.kaiming_uniform_(child.weight, a=5**0.5)
-                elif name.endswith("_B"):
-                    init.zeros_(child.weight)
+        if isinstance(module, LowRankUp):
+            init.zeros_(module.weight)
 
 
 class InternLM2Model(InternLM2PreTrainedModel):

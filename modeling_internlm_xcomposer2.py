@@ -449,8 +449,8 @@ def _check_not_packed(shapes: dict, config, source) -> None:
     num_packed = sum(name.endswith(".qweight") for name in shapes)
     if num_packed and getattr(config, "quantization_config", None) is None:
         raise ValueError(
-            f"{source} holds {num_packed} packed weights (GPTQ or AWQ), which this package does not unpack, and "
-            "its config.json names no quantization_config; load the unquantised checkpoint"
+            f"{source} holds {num_packed} packed weights (GPTQ or AWQ), which this package does not unpack, "
+            "and its config.json names no quantization_config; load the unquantised checkpoint"
         )
 
 
