@@ -167,7 +167,7 @@ class ChatMixin:
     ) -> BatchEncoding:
         """The published text-only prompt as (1, tokens) ids on the model's device; BOS stands twice."""
         prompt = f"{tokenizer.bos_token}{format_prompt(query, history, meta_instruction)}"
-        return tokenizer([prompt], return_tensors="pt").to(self.device)
+        return tokenizer([prompt], return_tensors="pt").to(self.input_device)
 
     def prepare_chat(
         self, tokenizer, query: str, image, hd_num: int | None, history: History, meta: str
@@ -186,11 +186,11 @@ class ChatMixin:
         hd_num = self.default_hd_num(len(visuals)) if hd_num is None else hd_num
         texts = place_images(format_prompt(query, history, meta), len(visuals), version=self.config.version)
         prompt = self.encode_texts(tokenizer, texts, visuals, hd_num)
-        ids = torch.tensor([prompt.ids], device=self.device)
+        ids = torch.tensor([prompt.ids], device=self.input_device)
         if not visuals:
             return {"input_ids": ids, "penalise_prompt": False}
         pixel_values, image_grid_hw = prepare_visuals(visuals, self.config, hd_num, font=self.font)
-        mask = torch.tensor([prompt.is_image], device=self.device)
+        mask = torch.tensor([prompt.is_image], device=self.input_device)
         return {
             "input_ids": ids,
             "pixel_values": pixel_values,

@@ -162,6 +162,15 @@ class InternLMXComposer2ForCausalLM(
         self.model = decoder
 
     @property
+    def input_device(self) -> torch.device:
+        """Where prompts belong: with the embeddings, or where they are computed while they are offloaded."""
+        device = self.model.tok_embeddings.weight.device
+        if device.type == "meta":
+            hook = getattr(self.model.tok_embeddings, "_hf_hook", None)
+            device = torch.device(getattr(hook, "execution_device", None) or "cpu")
+        return device
+
+    @property
     def font(self):
         """The font of video labels: Pillow's own unless another was set."""
         return self.__dict__.get("_font") or get_font()
@@ -377,13 +386,13 @@ class InternLMXComposer2ForCausalLM(
         if pixel_values is not None:
             if ids is None:
                 raise ValueError("pixel_values need input_ids, in which each picture has its image tokens")
-            ids = ids.to(self.device)
+            ids = ids.to(self.input_device)
             inputs_embeds, im_mask = self.embed_inputs(ids, pixel_values, image_grid_hw, im_mask)
             kwargs.setdefault("attention_mask", torch.ones_like(ids))
         elif inputs_embeds is not None and ids is None:
             ids, kwargs = self._published_generate_arguments(inputs_embeds, kwargs)
         if im_mask is not None:
-            kwargs["im_mask"] = im_mask.to(self.device).bool()
+            kwargs["im_mask"] = im_mask.to(self.input_device).bool()
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
         return super().generate(ids, *args, **kwargs)

@@ -18,7 +18,11 @@ from helpers import (
     tiny_model,
     write_checkpoint,
 )
-from internlm_xcomposer2 import InternLMXcomposer2Config, InternLMXComposer2ForCausalLM
+from internlm_xcomposer2 import (
+    InternLMXcomposer2Config,
+    InternLMXComposer2ForCausalLM,
+    InternLMXComposer2Tokenizer,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -172,6 +176,20 @@ def test_device_maps_give_the_same_logits(tmp_path, kind):
     prompt = torch.tensor([[1, 60, 70]])
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     assert torch.equal(model.generate(prompt, **settings), reference.generate(prompt, **settings))
+
+
+def test_a_wholly_offloaded_model_answers(tmp_path):
+    reference = tiny_model("2")
+    reference.save_pretrained(tmp_path / "model")
+    device_map = dict.fromkeys(("vit", "vision_proj", "model", "output"), "disk")
+    model = AutoModel.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert model.device.type == "meta" and model.input_device.type == "cpu"
+    tokenizer = InternLMXComposer2Tokenizer(str(ROOT / "tokenizer.model"))
+    call = (tokenizer, "<ImageHere>what?", torch.rand(3, 60, 80))
+    settings = {"do_sample": False, "max_new_tokens": 4}
+    assert model.chat(*call, **settings) == reference.chat(*call, **settings)
 
 
 def test_missing_and_unknown_tensors_are_listed(tmp_path):
