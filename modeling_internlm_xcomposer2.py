@@ -3,6 +3,7 @@
 import os
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig
 from transformers import initialization as init
@@ -204,7 +205,8 @@ class InternLMXComposer2ForCausalLM(
         grids = check_grids(self.config, pixel_values, image_grid_hw)
         features = self.vit.encode_tiles(pixel_values)
         if self.config.is_tiled:
-            pieces = self.vit.assemble(features, grids, self.plora_glb_GN, self.plora_sub_GN)
+            with align_module_device(self):  # the newline vectors are ours, and may be offloaded
+                pieces = self.vit.assemble(features, grids, self.plora_glb_GN, self.plora_sub_GN)
             counts = [len(piece) for piece in pieces]
             features = torch.cat(pieces)
         else:
