@@ -7,8 +7,17 @@ from helpers import tiny_config, tiny_model
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 from internlm_xcomposer2.build_mlp import PLoRA
 from internlm_xcomposer2.modeling_internlm2 import InternLM2RotaryEmbedding
-from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    LlamaConfig,
+    LlamaModel,
+    StaticCache,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def llama_with_same_weights(decoder) -> LlamaModel:
@@ -117,6 +126,25 @@ def test_attention_implementations_agree(decoder, ids):
         assert model.config._attn_implementation == name
         results[name] = model(ids).last_hidden_state
     torch.testing.assert_close(results["eager"], results["sdpa"], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_goes_through_the_interface_of_the_library(ids):
+    calls = []
+
+    def counted(module, query, key, value, mask, **kwargs):
+        calls.append((type(module).__name__, kwargs["scaling"]))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
+
+    AttentionInterface.register("counted", counted)
+    AttentionMaskInterface.register("counted", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = tiny_model()
+    expected = model.model(ids).last_hidden_state
+    model.set_attn_implementation("counted")
+    assert torch.equal(model.model(ids).last_hidden_state, expected)
+    assert calls == [("InternLM2Attention", 8**-0.5)] * 2
+    model.vit.encode_tiles(torch.zeros(1, 3, 56, 56))
+    assert [name for name, _ in calls[2:]] == ["CLIPAttention"] * 2
 
 
 @torch.no_grad()
