@@ -308,12 +308,7 @@ class EmbeddingMethodsMixin:
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, not {type(text).__name__}")
         ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        return self.model.tok_embeddings(torch.tensor([ids], dtype=torch.long, device=self._text_device()))
-
-    def _text_device(self) -> torch.device:
-        """Where ids go: where the embeddings lie, unless they are offloaded."""
-        device = self.model.tok_embeddings.weight.device
-        return torch.device("cpu") if device.type == "meta" else device
+        return self.model.tok_embeddings(torch.tensor([ids], dtype=torch.long, device=self.input_device))
 
     def _pad(self, rows: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
         """Lists of ids -> (batch, tokens) ids padded right, and their attention mask."""
@@ -325,7 +320,7 @@ class EmbeddingMethodsMixin:
                 f"conversations longer than max_length {limit}, as row: tokens, are {too_long}; raise "
                 "model.max_length, shorten them or use fewer tiles"
             )
-        device, longest = self._text_device(), max(lengths)
+        device, longest = self.input_device, max(lengths)
         ids = torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long)
         attention_mask = torch.tensor([[1] * n + [0] * (longest - n) for n in lengths], dtype=torch.long)
         return ids.to(device), attention_mask.to(device)
@@ -342,7 +337,7 @@ class EmbeddingMethodsMixin:
             image_token_id=self.config.image_token_id,
         )
         check_length(len(prompt.ids), lengths, self.config)
-        device = self._text_device()
+        device = self.input_device
         im_mask = torch.tensor([prompt.is_image], dtype=torch.bool, device=device)
         return self._scatter(torch.tensor([prompt.ids], device=device), im_mask, features), im_mask
 

@@ -284,11 +284,13 @@ class InternLMXComposer2ForCausalLM(
             infer_mode: `"base"`, `"write"` or `"web"`: which task adapters act.
             labels: (batch, tokens), -100 where no loss is wanted.
             logits_to_keep: how many of the last positions get logits, 0 for all, or the positions.
-            samples: a batch of the published trainer, instead of everything above.
+            samples: a batch of the published trainer, instead of everything above; may name an `infer_mode`.
 
         Raises:
             ValueError: pictures and prompt don't match, or the checkpoint lacks what `infer_mode` needs.
         """
+        if samples is not None:
+            infer_mode = samples.get("infer_mode", infer_mode)
         check_infer_mode(infer_mode, self.config.text_config)
         if samples is not None:
             inputs_embeds, attention_mask, labels, im_mask = self.embed_samples(samples)
