@@ -247,9 +247,15 @@ class ChatMixin:
                 f"the tokenizer has {len(tokenizer)} pieces but the model {rows}; load the tokenizer that "
                 "lies beside the checkpoint"
             )
-        if tokenizer.convert_tokens_to_ids(END_OF_TURN) in (None, tokenizer.unk_token_id):
+        end, expected = tokenizer.convert_tokens_to_ids(END_OF_TURN), self.config.end_token_id
+        if end in (None, tokenizer.unk_token_id):
             raise ValueError(
                 f"the tokenizer has no piece {END_OF_TURN}, which ends every turn of these models"
+            )
+        if expected < rows and end != expected:
+            raise ValueError(
+                f"the tokenizer's id of {END_OF_TURN} is {end} but the model's is {expected}; load the tokenizer "
+                "that lies beside the checkpoint"
             )
 
     @torch.no_grad()

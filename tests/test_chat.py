@@ -221,6 +221,8 @@ def test_a_prompt_beyond_the_context_says_what_would_fit(tokenizer, picture):
 def test_a_foreign_vocabulary_is_refused(tokenizer):
     with pytest.raises(ValueError, match="tokenizer has 640 pieces but the model 100"):
         tiny_model("2.5", vocab_size=100, image_token_id=4).chat(tokenizer, "hi", **GREEDY)
+    with pytest.raises(ValueError, match="is 5 but the model's is 900"):
+        tiny_model("2.5", vocab_size=1000, end_token_id=900).chat(tokenizer, "hi", **GREEDY)
 
 
 def test_sampling_is_reproducible_and_differs(model, tokenizer, picture):
