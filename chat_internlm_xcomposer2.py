@@ -254,8 +254,8 @@ class ChatMixin:
             )
         if expected < rows and end != expected:
             raise ValueError(
-                f"the tokenizer's id of {END_OF_TURN} is {end} but the model's is {expected}; load the tokenizer "
-                "that lies beside the checkpoint"
+                f"the tokenizer's id of {END_OF_TURN} is {end} but the model's is {expected}; load the "
+                "tokenizer that lies beside the checkpoint"
             )
 
     @torch.no_grad()
