@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from queue import Queue
 
@@ -15,6 +16,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from .ixc_utils import check_hd_num
 from .modeling_internlm2 import check_infer_mode
 from .prompt_internlm_xcomposer2 import (
     END_OF_TURN,
@@ -90,8 +92,7 @@ class ChatMixin:
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             repetition_penalty=repetition_penalty,
-            **self._token_choice(tokenizer, do_sample, temperature, top_p),
-            **generate_kwargs,
+            **{**self._token_choice(tokenizer, do_sample, temperature, top_p), **generate_kwargs},
         )
         response = cut_response(tokenizer.decode(sequences[0].tolist(), skip_special_tokens=True))
         return response, [*history, (query, response)]
@@ -178,7 +179,10 @@ class ChatMixin:
             `input_ids`, and with pictures `pixel_values`, `image_grid_hw` and `im_mask`.
         """
         self.check_tokenizer(tokenizer)
+        if hd_num is not None:
+            check_hd_num(hd_num)
         if image is None or (self.config.version != "2.5" and isinstance(image, list | tuple) and not image):
+            place_images(format_prompt(query, history, meta), 0, version=self.config.version)
             inputs = self.build_inputs(tokenizer, query, history, meta)
             check_length(inputs["input_ids"].shape[1], [], self.config)
             return {"input_ids": inputs["input_ids"]}
@@ -342,7 +346,7 @@ def check_length(num_tokens: int, image_lengths: list[int], config, hd_num: int 
         return
     remedy = "shorten the text or the history"
     if image_lengths and count is not None and config.is_tiled:
-        fitting = next((budget for budget in range(hd_num - 1, 0, -1) if count(budget) <= limit), None)
+        fitting = bisect_right(range(1, hd_num), limit, key=count)  # the count grows with the budget
         remedy = f"hd_num={fitting} would fit" if fitting else "pass fewer pictures or frames, or less text"
     raise ValueError(
         f"the prompt has {num_tokens} tokens, {sum(image_lengths)} of them for "

@@ -138,6 +138,7 @@ class InternLMXComposer2ForCausalLM(
         if self.config.end_token_id >= self.config.text_config.vocab_size:
             return
         stops = self.generation_config.eos_token_id
+        stops = self.config.eos_token_id if stops is None else stops
         stops = [stops] if isinstance(stops, int) else list(stops or [])
         if self.config.end_token_id not in stops:
             self.generation_config.eos_token_id = [*stops, self.config.end_token_id]
@@ -270,6 +271,7 @@ class InternLMXComposer2ForCausalLM(
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         samples: dict | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Ids with pictures, or embeddings with a mask -> logits, and the loss where there are labels.
@@ -285,6 +287,7 @@ class InternLMXComposer2ForCausalLM(
             labels: (batch, tokens), -100 where no loss is wanted.
             logits_to_keep: how many of the last positions get logits, 0 for all, or the positions.
             samples: a batch of the published trainer, instead of everything above; may name an `infer_mode`.
+            num_items_in_batch: what the summed loss is divided by, where `Trainer` accumulates gradients.
 
         Raises:
             ValueError: pictures and prompt don't match, or the checkpoint lacks what `infer_mode` needs.
@@ -313,7 +316,10 @@ class InternLMXComposer2ForCausalLM(
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
             )
         return CausalLMOutputWithPast(
             loss=loss,
@@ -348,6 +354,13 @@ class InternLMXComposer2ForCausalLM(
         **kwargs,
     ) -> dict:
         """What one step of `generate` passes to `forward`: the mask and pictures in the first step only."""
+        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        if inputs_embeds is not None and is_prefill and input_ids.shape[1] > inputs_embeds.shape[1]:
+            # In assisted generation the candidates stand after the prompt already.
+            num_candidates = input_ids.shape[1] - inputs_embeds.shape[1]
+            candidates = self.model.tok_embeddings(input_ids[:, -num_candidates:])
+            inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds.device)], dim=1)
+            im_mask = None if im_mask is None else nn.functional.pad(im_mask, (0, num_candidates))
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
@@ -357,7 +370,6 @@ class InternLMXComposer2ForCausalLM(
         )
         inputs["infer_mode"] = infer_mode
         current = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
-        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
         if is_prefill or inputs.get("inputs_embeds") is not None:
             inputs["im_mask"] = None if im_mask is None else im_mask[:, -current.shape[1] :]
         if not is_prefill:

@@ -180,6 +180,8 @@ def test_a_video_is_one_picture(model, tokenizer):
         ({"image": "data:image/png;base64,@@@"}, ValueError, "base64"),
         ({"query": "<ImageHere><ImageHere>"}, ValueError, "2 <ImageHere> marks.*1 pictures"),
         ({"hd_num": 0}, ValueError, "0"),
+        ({"hd_num": 0, "image": []}, ValueError, "at least 1 tile"),
+        ({"query": "<ImageHere>", "image": None}, ValueError, "1 <ImageHere> marks.*0 pictures"),
         ({"hd_num": 2.5}, TypeError, "2.5|float"),
         ({"infer_mode": "paint"}, ValueError, "'paint'"),
         ({"infer_mode": "web"}, ValueError, "needs the adapters web"),
@@ -214,8 +216,24 @@ def test_a_prompt_beyond_the_context_says_what_would_fit(tokenizer, picture):
         small.chat(tokenizer, "x", large, hd_num=16, **GREEDY)
     with pytest.raises(ValueError, match=r"hd_num=\d+ would fit"):
         model.chat(tokenizer, "x", large, hd_num=100, **GREEDY)
+    with pytest.raises(ValueError, match=r"hd_num=35 would fit"):  # soon, however large the number
+        model.chat(tokenizer, "x", large, hd_num=10**9, **GREEDY)
     stretched = tiny_model("2.5", max_position_embeddings=64, rope_scaling={"type": "dynamic", "factor": 4.0})
     assert stretched.chat(tokenizer, "x", large, hd_num=16, **GREEDY)[1]
+
+
+@pytest.mark.parametrize("version", ["2", "2-4khd"])
+def test_older_versions_refuse_marks_without_pictures(version, tokenizer):
+    for image in (None, []):
+        with pytest.raises(ValueError, match="1 <ImageHere> marks.*0 pictures"):
+            tiny_model(version).chat(tokenizer, "<ImageHere>what?", image, **GREEDY)
+
+
+def test_arguments_of_generate_win(model, tokenizer, picture):
+    first = model.chat(tokenizer, "what?", picture, do_sample=False, max_new_tokens=1)[0]
+    anything = {"eos_token_id": list(range(640)), "pad_token_id": 2}
+    arguments = {"do_sample": False, "max_new_tokens": 9, **anything}
+    assert model.chat(tokenizer, "what?", picture, **arguments)[0] == first
 
 
 def test_a_foreign_vocabulary_is_refused(tokenizer):

@@ -275,6 +275,14 @@ def test_generation_stops_at_the_end_of_a_turn(checkpoint):
     assert model.generation_config.max_length is None
 
 
+def test_generation_stops_even_where_the_configuration_names_no_end(tmp_path):
+    model = tiny_model("2.5")
+    fields = flat_config(model)
+    del fields["eos_token_id"]
+    write_published(tmp_path, published_weights(model), fields)
+    assert AutoModel.from_pretrained(tmp_path).generation_config.eos_token_id == [2, 5]
+
+
 REMOTE = """
 import socket, sys
 import torch

@@ -157,9 +157,21 @@ def test_assisted_generation_gives_the_greedy_answer():
     inputs = pictures_and_ids(model, [(1, 1)])
     expected = model.generate(**inputs, **GREEDY)
     assert torch.equal(model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2), expected)
+    assert torch.equal(model.generate(**inputs, **GREEDY, assistant_model=assistant), expected)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], inputs["input_ids"][:, -4:]], dim=1)
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2), expected)
     text = {"input_ids": torch.tensor([[1, 50, 51, 52, 53]])}
     expected = model.generate(**text, **GREEDY)
     assert torch.equal(model.generate(**text, **GREEDY, assistant_model=assistant), expected)
+
+
+@torch.no_grad()
+def test_the_loss_is_divided_by_the_trainers_count():
+    model = tiny_model("2.5")
+    ids = torch.tensor([[1, 50, 51, 52, 53]])
+    mean = model(ids, labels=ids).loss
+    torch.testing.assert_close(model(ids, labels=ids, num_items_in_batch=8).loss, mean * 4 / 8)
 
 
 @torch.no_grad()
