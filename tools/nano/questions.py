@@ -91,13 +91,24 @@ QUESTIONS = {
     ),
 }
 
+ABOUT_ONE_OF_TWO = {
+    "both": (
+        "What is in picture {place}?",
+        "What do you see in picture {place}?",
+        "Describe picture {place}.",
+    ),
+    "colour": (
+        "What colour is the object in picture {place}?",
+        "What color is the object in picture {place}?",
+    ),
+    "shape": ("What shape is the object in picture {place}?", "Which shape does picture {place} show?"),
+}
+
 PAIR_FRAMES = (
     "Picture 1: {mark}; picture 2: {mark}; {question}",
     "Picture 1 {mark}; picture 2 {mark}; {question}",
     "Image1 {mark}; Image2 {mark}; {question}",
-    "{mark}{mark}{question}",
-    "{mark} {mark} {question}",
-    "Here are two pictures. {mark} and {mark}. {question}",
+    "Picture 1: {mark}\nPicture 2: {mark}\n{question}",
 )
 
 
@@ -106,9 +117,14 @@ def ask(kind: str, rng: random.Random, **fields: str) -> str:
     return rng.choice(QUESTIONS[kind]).format(**fields)
 
 
-def ask_about_pair(thing: str, mark: str, rng: random.Random) -> str:
-    """A question about two pictures, each standing where `mark` (such as `<ImageHere>`) stands."""
-    return rng.choice(PAIR_FRAMES).format(mark=mark, question=ask("which", rng, thing=thing))
+def ask_about_one_of_two(kind: str, place: int, rng: random.Random) -> str:
+    """A question about picture `place` of two, counted from 1."""
+    return rng.choice(ABOUT_ONE_OF_TWO[kind]).format(place=place)
+
+
+def frame_pair(question: str, mark: str, rng: random.Random) -> str:
+    """`question` behind two pictures, each standing where `mark` (such as `<ImageHere>`) stands."""
+    return rng.choice(PAIR_FRAMES).format(mark=mark, question=question)
 
 
 def every_text() -> list[str]:
@@ -116,6 +132,8 @@ def every_text() -> list[str]:
     things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES] + list(SHAPES) + list(COLOURS)
     texts = [*things, *NUMBER_WORDS, "1", "2", "3", "4", "5"]
     texts += [f"a {thing}" for thing in things]
+    for wordings in ABOUT_ONE_OF_TWO.values():
+        texts += [wording.format(place=place) for wording in wordings for place in (1, 2)]
     for wordings in QUESTIONS.values():
         for wording in wordings:
             texts += _fillings(wording, things)

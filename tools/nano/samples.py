@@ -4,12 +4,12 @@ import dataclasses
 import random
 
 from .pictures import Picture, Thing, draw_object, draw_objects, draw_text, random_thing
-from .questions import COLOURS, PLURALS, ask, ask_about_pair
+from .questions import COLOURS, PLURALS, ask, ask_about_one_of_two, frame_pair
 from .words import random_string
 
 IMAGE_MARK = "<ImageHere>"
 TURN, END_OF_TURN = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"
-MIX = {"number": 0.19, "word": 0.36, "object": 0.18, "count": 0.15, "which": 0.12}  # of training
+MIX = {"number": 0.17, "word": 0.32, "object": 0.06, "count": 0.19, "which": 0.26}  # of training
 EXPLICIT_MARK_SHARE = 0.25  # of questions about one picture that say where it stands
 
 
@@ -78,24 +78,40 @@ def _count_sample(split: str, rng: random.Random) -> Sample:
 
 
 def _pair_sample(split: str, rng: random.Random, families: list[list[str]]) -> Sample:
-    """Two pictures, one of which holds the thing asked for and the other something else."""
+    """Two pictures, one of which holds the thing asked for and the other something else.
+
+    Training asks about each of the two as well: what is where has to be known before it can be compared.
+    """
     asked = random_thing(rng)
     other, name = random_thing(rng, but=asked), asked.name
     if other.shape != asked.shape and rng.random() < 0.3:
         name = asked.shape
     elif other.colour != asked.colour and rng.random() < 0.2:
         name = f"{asked.colour} object"
-    pictures = [draw_object(rng, split, asked), draw_object(rng, split, other)]
+    sides = [(draw_object(rng, split, thing), thing, _with_article(thing)) for thing in (asked, other)]
     if rng.random() < 0.15:
         kind = rng.choice(("number", "word"))
         text = random_string(kind, split, rng, rng.choice((2, 3, 4)))
-        pictures[1] = draw_text(rng, split, text, families)
+        sides[1] = (draw_text(rng, split, text, families), None, f"a {kind}")
         if rng.random() < 0.5:
-            pictures.reverse()
+            sides.reverse()
             name = kind
     place = rng.randrange(2)
-    pictures = pictures if place == 0 else pictures[::-1]
-    return Sample("which", pictures, [(ask_about_pair(name, IMAGE_MARK, rng), f"picture {place + 1}")])
+    sides = sides if place == 0 else sides[::-1]
+    turns = [(ask("which", rng, thing=name), f"picture {place + 1}")]
+    if split == "train":
+        turns += [_turn_about(number + 1, *side[1:], rng) for number, side in enumerate(sides)]
+        if rng.random() < 0.5:
+            rng.shuffle(turns)
+    turns[0] = (frame_pair(turns[0][0], IMAGE_MARK, rng), turns[0][1])
+    return Sample("which", [picture for picture, _, _ in sides], turns)
+
+
+def _turn_about(place: int, thing: Thing | None, description: str, rng: random.Random) -> tuple[str, str]:
+    """A question about one of two pictures, with its answer."""
+    kind = rng.choice(("both", "colour", "shape")) if thing else "both"
+    answer = description if kind == "both" else getattr(thing, kind)
+    return ask_about_one_of_two(kind, place, rng), answer
 
 
 def segments(sample: Sample) -> list[tuple[str | None, bool]]:

@@ -27,6 +27,7 @@ MUON = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.02}
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.98), "weight_decay": 0.05}
 WARM_UP_STEPS = 50
 LOG_EVERY = 50  # steps
+SAVE_EVERY = 100
 FLOOR = 0.02  # of the learning rate, at the end
 CLIP_NORM = 1.0
 
@@ -136,7 +137,9 @@ class Run:
             self.step += 1
             self.seconds = time.monotonic() - began
             if self.rank == 0 and self.step % LOG_EVERY == 0:
-                self.log(loss=sum(losses[-LOG_EVERY:]) / LOG_EVERY)
+                self.log(loss=sum(losses[-LOG_EVERY:]) / LOG_EVERY, **self.stage.losses)
+            if self.step % SAVE_EVERY == 0 or progress >= 1:
+                self.save("last.pt")
             if self.step % self.arguments.validate_every == 0 or progress >= 1:
                 self.validate()
                 began = time.monotonic() - self.seconds  # validation does not count
@@ -157,11 +160,9 @@ class Run:
         if self.rank == 0:
             scores = self.stage.validate()
             self.log(**scores)
-            self.save("last.pt")
             if scores["score"] >= self.best:
                 self.best = scores["score"]
                 self.save("best.pt")
-        self.save_optimizers()
         if dist.is_initialized():
             dist.barrier()
 
@@ -172,11 +173,14 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
     def save(self, name: str) -> None:
+        """The model, by the first process; the optimizers of every process beside `last.pt`."""
+        if name == "last.pt":
+            self.write(
+                f"optimizers.{self.rank}.pt", [optimizer.state_dict() for optimizer in self.optimizers]
+            )
+        if self.rank > 0:
+            return
         self.write(name, {"model": self.stage.state_dict(), "counters": (self.step, self.seconds, self.best)})
-
-    def save_optimizers(self) -> None:
-        """Every process keeps the state of its own share of the matrices."""
-        self.write(f"optimizers.{self.rank}.pt", [optimizer.state_dict() for optimizer in self.optimizers])
 
     def write(self, name: str, state: dict | list) -> None:
         partial = self.arguments.out / (name + ".partial")
@@ -195,6 +199,7 @@ class Run:
 def work(rank: int, arguments: argparse.Namespace) -> None:
     """One process of a run."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # they cost a sixth of the time once the model is sure of itself
     if arguments.processes > 1:
         store = f"file://{(arguments.out / 'store').absolute()}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=arguments.processes)
