@@ -297,6 +297,8 @@ class InternLMXComposer2ForCausalLM(
         check_infer_mode(infer_mode, self.config.text_config)
         if samples is not None:
             inputs_embeds, attention_mask, labels, im_mask = self.embed_samples(samples)
+        elif (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids, inputs_embeds and samples")
         elif inputs_embeds is None:
             self._check_pictures_present(input_ids, pixel_values, im_mask, past_key_values)
             inputs_embeds, found = self.embed_inputs(input_ids, pixel_values, image_grid_hw, im_mask)
@@ -459,7 +461,10 @@ def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> l
         return [(1, 1)] * len(pixel_values)
     if image_grid_hw is None:
         raise ValueError("image_grid_hw is needed: rows and columns of the tiles of each picture")
-    grids = [(int(rows), int(cols)) for rows, cols in torch.as_tensor(image_grid_hw).tolist()]
+    table = torch.as_tensor(image_grid_hw)
+    if table.ndim != 2 or table.shape[1] != 2:
+        raise ValueError(f"image_grid_hw has the shape {tuple(table.shape)}; it needs (pictures, 2)")
+    grids = [(int(rows), int(cols)) for rows, cols in table.tolist()]
     num_tiles = sum(1 + rows * cols for rows, cols in grids)
     if any(rows < 1 or cols < 1 for rows, cols in grids) or num_tiles != len(pixel_values):
         raise ValueError(

@@ -236,6 +236,8 @@ def test_streaming_by_embeddings_shows_every_token():
         ({"image_grid_hw": torch.tensor([[1, 2]])}, "stands for 3 tiles.*hold 2"),
         ({"image_grid_hw": torch.tensor([[0, 1]])}, "stands for"),
         ({"image_grid_hw": None}, "image_grid_hw is needed"),
+        ({"image_grid_hw": torch.tensor([1, 1])}, r"shape \(2,\).*pictures, 2"),
+        ({"image_grid_hw": torch.tensor([[1, 1, 1]])}, r"shape \(1, 3\).*pictures, 2"),
         ({"pixel_values": torch.zeros(2, 3, 28, 28)}, r"\(2, 3, 28, 28\).*56"),
         ({"input_ids": torch.tensor([[1, 4, 4, 9]])}, "reserves 2 image tokens but 1 pictures give 13"),
     ],
