@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import (
     BatchEncoding,
     GenerationMixin,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -78,22 +80,23 @@ class ChatMixin:
             ValueError, TypeError, FileNotFoundError: anything wrong with the arguments, before any compute.
         """
         if isinstance(hd_num, list | tuple):  # history is the fourth argument of the older generation
+            if history:
+                raise TypeError("arguments after a history in fourth place have to be named")
             hd_num, history = None, hd_num
-        if streamer is not None and num_beams > 1:
-            raise ValueError(f"a streamer shows one answer as it grows, but num_beams is {num_beams}; use 1")
-        check_infer_mode(infer_mode, self.config.text_config)
+        settings = {
+            "streamer": streamer,
+            "infer_mode": infer_mode,
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "repetition_penalty": repetition_penalty,
+            **self._token_choice(tokenizer, do_sample, temperature, top_p),
+            **generate_kwargs,
+        }
+        self._check_settings(settings)
         history = check_turns(query, history)
         meta = self._system_text(use_meta, meta_instruction)
         inputs = self.prepare_chat(tokenizer, query, image, hd_num, history, meta)
-        sequences = self._generate_answer(
-            inputs,
-            streamer=streamer,
-            infer_mode=infer_mode,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            repetition_penalty=repetition_penalty,
-            **{**self._token_choice(tokenizer, do_sample, temperature, top_p), **generate_kwargs},
-        )
+        sequences = self._generate_answer(inputs, **settings)
         response = cut_response(tokenizer.decode(sequences[0].tolist(), skip_special_tokens=True))
         return response, [*history, (query, response)]
 
@@ -121,21 +124,18 @@ class ChatMixin:
         Raises:
             ValueError, TypeError, FileNotFoundError: as `chat`, at the call.
         """
-        if generate_kwargs.get("num_beams", 1) > 1:
-            raise ValueError(
-                f"a stream shows one answer, but num_beams is {generate_kwargs['num_beams']}; use 1"
-            )
-        check_infer_mode(infer_mode, self.config.text_config)
-        history = check_turns(query, history)
-        meta = self._system_text(use_meta, meta_instruction)
-        inputs = self.prepare_chat(tokenizer, query, image, hd_num, history, meta)
         settings = {
             "infer_mode": infer_mode,
             "max_new_tokens": max_new_tokens,
             "repetition_penalty": repetition_penalty,
             **self._token_choice(tokenizer, do_sample, temperature, top_p),
             **generate_kwargs,
+            "streamer": _Streamer,  # one is made when the iterator starts
         }
+        self._check_settings(settings)
+        history = check_turns(query, history)
+        meta = self._system_text(use_meta, meta_instruction)
+        inputs = self.prepare_chat(tokenizer, query, image, hd_num, history, meta)
         return self._stream_answer(tokenizer, query, history, inputs, settings)
 
     def _stream_answer(
@@ -143,12 +143,12 @@ class ChatMixin:
     ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """Generate in a thread and yield the answer as it grows."""
         yield "", [*history, (query, "")]
-        streamer = _Streamer(tokenizer)
+        streamer = settings["streamer"] = _Streamer(tokenizer)
         criteria = StoppingCriteriaList([*(settings.pop("stopping_criteria", None) or []), streamer.stop])
 
         def work() -> None:
             try:
-                self._generate_answer(inputs, streamer=streamer, stopping_criteria=criteria, **settings)
+                self._generate_answer(inputs, stopping_criteria=criteria, **settings)
             except BaseException as error:  # handed to the reader, in whose thread it is raised
                 streamer.fail(error)
 
@@ -178,7 +178,6 @@ class ChatMixin:
         Returns:
             `input_ids`, and with pictures `pixel_values`, `image_grid_hw` and `im_mask`.
         """
-        self.check_tokenizer(tokenizer)
         if hd_num is not None:
             check_hd_num(hd_num)
         if image is None or (self.config.version != "2.5" and isinstance(image, list | tuple) and not image):
@@ -227,9 +226,19 @@ class ChatMixin:
 
     def _token_choice(self, tokenizer, do_sample: bool, temperature: float, top_p: float) -> dict:
         """`generate`'s arguments on how tokens are drawn and where an answer ends."""
+        self.check_tokenizer(tokenizer)
         sampling = {"temperature": temperature, "top_p": top_p} if do_sample else {}
         stops = {"eos_token_id": self.stop_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
         return {"do_sample": do_sample, **stops, **sampling}
+
+    def _check_settings(self, settings: dict) -> None:
+        """Raise `ValueError` or `TypeError` for what `generate` would refuse only after the tower has run."""
+        check_infer_mode(settings["infer_mode"], self.config.text_config)
+        check_numbers(settings)
+        if settings.get("streamer") is not None and settings.get("num_beams", 1) > 1:
+            raise ValueError(
+                f"a streamer shows one answer as it grows, but num_beams is {settings['num_beams']}; use 1"
+            )
 
     def default_hd_num(self, num_visuals: int) -> int:
         """The budget of tiles where the caller names none."""
@@ -245,6 +254,8 @@ class ChatMixin:
         """Raise `ValueError` unless the tokenizer's vocabulary is the model's."""
         if tokenizer is None:
             raise ValueError("no tokenizer: pass one, or set model.tokenizer")
+        if not hasattr(tokenizer, "convert_tokens_to_ids"):
+            raise TypeError(f"the tokenizer is a {type(tokenizer).__name__}; load it with AutoTokenizer")
         rows = self.model.tok_embeddings.weight.shape[0]
         if rows not in (tokenizer.vocab_size, len(tokenizer)) and len(tokenizer) > rows:
             raise ValueError(
@@ -266,19 +277,37 @@ class ChatMixin:
     def _generate_answer(self, inputs: dict, **kwargs) -> Tensor:
         """Generate from `prepare_chat`'s inputs -> (sequences, new tokens), the prompt left out."""
         ids = inputs["input_ids"]
-        if "pixel_values" in inputs or not inputs.get("penalise_prompt", True):
-            embeds, mask = self.embed_inputs(
-                ids, inputs.get("pixel_values"), inputs.get("image_grid_hw"), inputs.get("im_mask")
+        by_embeddings = "pixel_values" in inputs or not inputs.get("penalise_prompt", True)
+        if not by_embeddings:
+            return self._new_tokens(ids, kwargs)
+        embeds, mask = self.embed_inputs(
+            ids, inputs.get("pixel_values"), inputs.get("image_grid_hw"), inputs.get("im_mask")
+        )
+        kwargs |= {"inputs_embeds": embeds, "im_mask": mask}
+        # The repetition penalty sees new tokens only, as in the published code.
+        if is_assisted(kwargs):  # guesses need the ids, so that the penalty has to be told where to begin
+            penalty = RepetitionPenaltyLogitsProcessor(
+                kwargs.pop("repetition_penalty", 1.0), prompt_ignore_length=ids.shape[1]
             )
-            with warnings.catch_warnings():
-                # By embeddings the penalty sees new tokens only, as in the published code; that is meant.
-                warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
-                sequences = GenerationMixin.generate(
-                    self, inputs_embeds=embeds, im_mask=mask, attention_mask=torch.ones_like(ids), **kwargs
-                )
-            return getattr(sequences, "sequences", sequences)
-        sequences = GenerationMixin.generate(self, ids, attention_mask=torch.ones_like(ids), **kwargs)
-        return getattr(sequences, "sequences", sequences)[:, ids.shape[1] :]
+            kwargs["logits_processor"] = LogitsProcessorList(
+                [penalty, *(kwargs.get("logits_processor") or [])]
+            )
+            return self._new_tokens(ids, kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
+            return self._new_tokens(None, kwargs, torch.ones_like(ids))
+
+    def _new_tokens(self, ids: Tensor | None, kwargs: dict, attention_mask: Tensor | None = None) -> Tensor:
+        """(sequences, new tokens) that `generate` of the library adds to `ids`, or to embeddings alone."""
+        attention_mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        outputs = GenerationMixin.generate(self, ids, attention_mask=attention_mask, **kwargs)
+        sequences = getattr(outputs, "sequences", outputs)
+        return sequences if ids is None else sequences[:, ids.shape[1] :]
+
+
+def is_assisted(settings: dict) -> bool:
+    """Whether `generate` would guess tokens ahead, with these arguments."""
+    return any(settings.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens"))
 
 
 class _Stop(StoppingCriteria):
@@ -315,6 +344,25 @@ class _Streamer(TextIteratorStreamer):
             if not self.errors.empty():
                 raise self.errors.get() from None
             raise
+
+
+def check_numbers(settings: dict) -> None:
+    """Raise `TypeError` or `ValueError` for a number that `generate` can't work with."""
+    for name in ("max_new_tokens", "num_beams"):
+        value = settings.get(name, 1)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be an int, not {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    for name in ("temperature", "top_p", "repetition_penalty"):
+        value = settings.get(name, 1.0)
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, not {value!r}")
+        if not value > 0 or (name == "top_p" and value > 1):
+            limits = "above 0 and at most 1" if name == "top_p" else "above 0"
+            raise ValueError(
+                f"{name} must be {limits}, not {value}; do_sample=False takes the likeliest tokens"
+            )
 
 
 def check_turns(query: str, history: History | None) -> list[tuple[str, str]]:

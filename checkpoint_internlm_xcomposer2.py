@@ -78,3 +78,29 @@ def _safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def _torch_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     tensors = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_not_packed(shapes: dict, config, source) -> None:
+    """Raise `ValueError` for 4-bit weights that no quantiser has been named for."""
+    num_packed = sum(name.endswith(".qweight") for name in shapes)
+    if num_packed and getattr(config, "quantization_config", None) is None:
+        raise ValueError(
+            f"{source} holds {num_packed} packed weights (GPTQ or AWQ), which this package does not unpack, "
+            "and its config.json names no quantization_config; load the unquantised checkpoint"
+        )
+
+
+def check_loading(info: dict, source) -> None:
+    """Raise `ValueError` that lists every tensor that is missing, unknown or of another shape."""
+    faults = [
+        f"{len(info[kind])} {what}: {', '.join(sorted(map(str, info[kind])))}"
+        for kind, what in (
+            ("missing_keys", "missing"),
+            ("unexpected_keys", "unexpected"),
+            ("mismatched_keys", "of another shape"),
+            ("error_msgs", "errors"),
+        )
+        if info.get(kind)
+    ]
+    if faults:
+        raise ValueError(f"the weights in {source} don't fit this model; tensors {'; '.join(faults)}")

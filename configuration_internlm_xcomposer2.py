@@ -11,6 +11,9 @@ import re
 
 from transformers import PreTrainedConfig
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 VERSIONS = ("2", "2-4khd", "2.5")
 
@@ -47,6 +50,8 @@ _CLIP_LARGE = {
     "projection_dim": 768,
 }
 
+
+_ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "yarn")
 
 _POSITIVE = (
     "vocab_size",
@@ -86,7 +91,7 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
         intermediate_size: int = 14336,
         num_hidden_layers: int = 32,
         num_attention_heads: int = 32,
-        num_key_value_heads: int | None = 8,
+        num_key_value_heads: int | None = None,
         hidden_act: str = "silu",
         max_position_embeddings: int = 32768,
         initializer_range: float = 0.02,
@@ -114,7 +119,9 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        if num_key_value_heads is None:  # 8 in every published checkpoint; the weights know better
+            num_key_value_heads = 8 if num_attention_heads % 8 == 0 else num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
         self.hidden_act = hidden_act
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
@@ -150,14 +157,7 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
         return self.rope_parameters["rope_theta"]
 
     def _check(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in (
-            *sizes,
-            "num_key_value_heads",
-            "max_position_embeddings",
-            "plora_rank",
-            "plora_wqkv_rank",
-        ):
+        for name in _POSITIVE:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
         if self.hidden_size % self.num_attention_heads:
@@ -181,6 +181,8 @@ def _rope_parameters(scaling: dict | None, theta: float) -> dict:
     """Today's `rope_parameters` from the published `rope_scaling` (`type`, `factor`) and `rope_theta`."""
     parameters = dict(scaling or {})
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    if rope_type not in _ROPE_TYPES:
+        raise ValueError(f"unknown type of rope_scaling {rope_type!r}; it is one of {', '.join(_ROPE_TYPES)}")
     parameters.pop("type", None)
     factor = parameters.get("factor")
     if rope_type in ("dynamic", "linear") and not (isinstance(factor, int | float) and factor >= 1):
@@ -448,6 +450,8 @@ def _complete_vision(config: InternLMXcomposer2Config, shapes: _WeightShapes) ->
     vision = config.vision_config
     if vision.hidden_size != width:
         vision.num_attention_heads = max(1, width // 64)  # CLIP's heads are 64 wide
+        if width % 64:
+            logger.warning_once(f"the tower is {width} wide; assuming {vision.num_attention_heads} heads")
     vision.hidden_size, vision.patch_size, vision.image_size = width, patch, side
     vision.num_hidden_layers = shapes.count(f"{tower}encoder.layers.")
     vision.intermediate_size = shapes[f"{tower}encoder.layers.0.mlp.fc1.weight"][0]
@@ -468,6 +472,9 @@ def _complete_text(text: InternLMXcomposer2TextConfig, shapes: _WeightShapes, ve
     text.num_hidden_layers = shapes.count("model.layers.")
     block = "model.layers.0."
     text.intermediate_size = shapes.rows(f"{block}feed_forward.w1.weight", text.intermediate_size)
+    packed = shapes.rows(f"{block}attention.wqkv.weight")
+    if packed is not None:  # one query head each, and a key and a value head per group
+        text.num_key_value_heads = (packed // text.head_dim - text.num_attention_heads) // 2
     rank = shapes[f"{block}attention.wo.Plora_A.weight"][0]
     text.plora_rank, text.plora_alpha = _rank_and_alpha(text.plora_rank, text.plora_alpha, rank, 1)
     rank = shapes[f"{block}attention.wqkv.Plora_A.weight"][0]

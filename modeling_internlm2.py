@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, is_flash_attn_2_available, is_kernels_available
 
 from .build_mlp import LowRankUp, PLoRA, image_row_indices
 from .configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2TextConfig
@@ -44,21 +44,23 @@ class InternLM2RotaryEmbedding(nn.Module):
         self.config = config
 
     def frequencies(self, num_positions: Tensor) -> tuple[Tensor, float]:
-        """Inverse frequencies (head_dim / 2) for a sequence of `num_positions`, and the attention scale.
+        """Inverse frequencies (rows, head_dim / 2) for rows of `num_positions` (rows,); attention scale.
 
-        Dynamic NTK lets the base grow with the length beyond `max_position_embeddings`; within it nothing
+        Dynamic NTK lets the base grow with a row's length beyond `max_position_embeddings`; within it nothing
         changes.
         """
         parameters = self.config.rope_parameters
         device = num_positions.device
         if parameters["rope_type"] not in ("default", "dynamic"):
-            return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](self.config, device)
+            inverse, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](self.config, device)
+            return inverse[None], scale
         dim = self.config.head_dim
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
         theta = parameters["rope_theta"]
         plain = 1.0 / theta**exponents
         if parameters["rope_type"] == "default":
-            return plain, 1.0
+            return plain[None], 1.0
+        num_positions = num_positions[:, None]
         limit, factor = self.config.max_position_embeddings, parameters["factor"]
         growth = factor * num_positions.to(torch.float32) / limit - (factor - 1)
         scaled = 1.0 / (theta * growth.clamp(min=1) ** (dim / (dim - 2))) ** exponents
@@ -67,9 +69,9 @@ class InternLM2RotaryEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, tokens) positions -> cosines and sines, each (batch, tokens, head_dim), float32."""
-        inverse_frequencies, scale = self.frequencies(position_ids.max() + 1)
+        inverse_frequencies, scale = self.frequencies(position_ids.amax(dim=-1) + 1)
         with torch.autocast(device_type=position_ids.device.type, enabled=False):
-            angles = position_ids[..., None].float() * inverse_frequencies.float()
+            angles = position_ids[..., None].float() * inverse_frequencies[:, None].float()
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos() * scale, angles.sin() * scale
 
@@ -318,7 +320,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = default_positions(inputs_embeds, past_key_values)
+            position_ids = default_positions(inputs_embeds, past_key_values, attention_mask)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -361,15 +363,20 @@ class InternLM2Model(InternLM2PreTrainedModel):
         )
 
 
-def default_positions(inputs_embeds: Tensor, past_key_values: Cache | None) -> Tensor:
-    """(1, tokens) positions that go on where the cache ends."""
+def default_positions(
+    inputs_embeds: Tensor, past_key_values: Cache | None, attention_mask: Tensor | None
+) -> Tensor:
+    """(1 or batch, tokens) positions that go on where the cache ends and leave padding out."""
+    if attention_mask is not None and attention_mask.ndim == 2:
+        positions = (attention_mask.to(inputs_embeds.device).long().cumsum(-1) - 1).clamp(min=0)
+        return positions[:, -inputs_embeds.shape[1] :]
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
 
 
 def check_infer_mode(infer_mode: str, config: InternLMXcomposer2TextConfig) -> None:
     """Raise `ValueError` for an unknown mode, or one whose adapters the checkpoint lacks."""
-    if infer_mode not in ADAPTERS_OF_MODE:
+    if not isinstance(infer_mode, str) or infer_mode not in ADAPTERS_OF_MODE:
         raise ValueError(f"unknown infer_mode {infer_mode!r}; it is one of {', '.join(ADAPTERS_OF_MODE)}")
     lacking = [name for name in ADAPTERS_OF_MODE[infer_mode] if name not in config.task_adapters]
     if lacking:
@@ -385,4 +392,15 @@ def check_image_mask(im_mask: Tensor | None, inputs_embeds: Tensor) -> None:
         raise ValueError(
             f"im_mask has the shape {tuple(im_mask.shape)} but the tokens {tuple(inputs_embeds.shape[:2])}; "
             "it needs one value per token"
+        )
+
+
+def check_attention(config) -> None:
+    """Raise `ValueError` for an attention implementation whose package is not installed."""
+    if config._attn_implementation == "flash_attention_2" and not (
+        is_flash_attn_2_available() or is_kernels_available()
+    ):
+        raise ValueError(
+            "attn_implementation='flash_attention_2' needs the package flash-attn and a GPU; install it with "
+            "'pip install flash-attn --no-build-isolation', or use attn_implementation='sdpa'"
         )

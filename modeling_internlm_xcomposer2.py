@@ -10,11 +10,16 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple, is_flash_attn_2_available, is_kernels_available
+from transformers.utils import can_return_tuple
 
 from .build_mlp import build_projector, build_vision_projector, build_vision_tower
-from .chat_internlm_xcomposer2 import ChatMixin
-from .checkpoint_internlm_xcomposer2 import HUB_ARGUMENTS, checkpoint_shapes
+from .chat_internlm_xcomposer2 import ChatMixin, is_assisted
+from .checkpoint_internlm_xcomposer2 import (
+    HUB_ARGUMENTS,
+    check_loading,
+    check_not_packed,
+    checkpoint_shapes,
+)
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .embedding_methods_internlm_xcomposer2 import EmbeddingMethodsMixin
 
@@ -25,7 +30,14 @@ from .embedding_methods_internlm_xcomposer2 import set_random_seed as set_random
 from .embedding_methods_internlm_xcomposer2 import video_extensions as video_extensions
 from .image_processing_internlm_xcomposer2 import VisProcessor
 from .ixc_utils import get_font, num_image_tokens, num_square_tokens
-from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_infer_mode
+from .modeling_internlm2 import (
+    InternLM2Model,
+    InternLM2PreTrainedModel,
+    check_attention,
+    check_image_mask,
+    check_infer_mode,
+)
+from .visual_internlm_xcomposer2 import check_grids
 from .writing_internlm_xcomposer2 import WritingMixin
 
 # Published names of the decoder's linears -> ours, whose plain linear is a child; and back at saving.
@@ -103,16 +115,14 @@ class InternLMXComposer2ForCausalLM(
             else {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         )
         kwargs["key_mapping"] = {**PUBLISHED_KEYS, **(kwargs.get("key_mapping") or {})}
-        _check_not_packed(shapes, config, source)
+        check_not_packed(shapes, config, source)
         config = config.complete_from_shapes(shapes)
         accept_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = True  # so that every fault is listed below, not only logged
         model, info = super().from_pretrained(
             source, *model_args, config=config, output_loading_info=True, **kwargs
         )
-        _check_loading(
-            {**info, "mismatched_keys": () if accept_mismatch else info["mismatched_keys"]}, source
-        )
+        check_loading({**info, "mismatched_keys": () if accept_mismatch else info["mismatched_keys"]}, source)
         model._settle_generation_config()
         return (model, info) if output_loading_info else model
 
@@ -299,6 +309,8 @@ class InternLMXComposer2ForCausalLM(
             inputs_embeds, attention_mask, labels, im_mask = self.embed_samples(samples)
         elif (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids, inputs_embeds and samples")
+        elif inputs_embeds is not None and pixel_values is not None:
+            raise ValueError("inputs_embeds hold the pictures already; give pixel_values with input_ids")
         elif inputs_embeds is None:
             self._check_pictures_present(input_ids, pixel_values, im_mask, past_key_values)
             inputs_embeds, found = self.embed_inputs(input_ids, pixel_values, image_grid_hw, im_mask)
@@ -408,7 +420,11 @@ class InternLMXComposer2ForCausalLM(
             inputs_embeds, im_mask = self.embed_inputs(ids, pixel_values, image_grid_hw, im_mask)
             kwargs.setdefault("attention_mask", torch.ones_like(ids))
         elif inputs_embeds is not None and ids is None:
+            if is_assisted(kwargs):
+                raise ValueError("assisted generation guesses from ids; pass input_ids beside inputs_embeds")
             ids, kwargs = self._published_generate_arguments(inputs_embeds, kwargs)
+        if im_mask is not None and inputs_embeds is not None:
+            check_image_mask(im_mask, inputs_embeds)
         if im_mask is not None:
             kwargs["im_mask"] = im_mask.to(self.input_device).bool()
         if inputs_embeds is not None:
@@ -428,73 +444,3 @@ class InternLMXComposer2ForCausalLM(
         if max_length is not None and kwargs.get("max_new_tokens") is None:
             kwargs["max_new_tokens"] = max(1, max_length - 1)
         return torch.full((batch, 1), bos, device=inputs_embeds.device), kwargs
-
-
-def check_attention(config) -> None:
-    """Raise `ValueError` for an attention implementation whose package is not installed."""
-    if config._attn_implementation == "flash_attention_2" and not (
-        is_flash_attn_2_available() or is_kernels_available()
-    ):
-        raise ValueError(
-            "attn_implementation='flash_attention_2' needs the package flash-attn and a GPU; install it with "
-            "'pip install flash-attn --no-build-isolation', or use attn_implementation='sdpa'"
-        )
-
-
-def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> list[tuple[int, int]]:
-    """The grids as pairs of ints, after checking that they account for every tile.
-
-    Raises:
-        ValueError: with both numbers.
-    """
-    side = config.img_size
-    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
-        raise ValueError(
-            f"pixel_values have the shape {tuple(pixel_values.shape)}; this checkpoint reads "
-            f"(tiles, 3, {side}, {side})"
-        )
-    if not config.is_tiled:
-        if image_grid_hw is not None and len(image_grid_hw) != len(pixel_values):
-            raise ValueError(
-                f"image_grid_hw names {len(image_grid_hw)} pictures but there are {len(pixel_values)}"
-            )
-        return [(1, 1)] * len(pixel_values)
-    if image_grid_hw is None:
-        raise ValueError("image_grid_hw is needed: rows and columns of the tiles of each picture")
-    table = torch.as_tensor(image_grid_hw)
-    if table.ndim != 2 or table.shape[1] != 2:
-        raise ValueError(f"image_grid_hw has the shape {tuple(table.shape)}; it needs (pictures, 2)")
-    grids = [(int(rows), int(cols)) for rows, cols in table.tolist()]
-    num_tiles = sum(1 + rows * cols for rows, cols in grids)
-    if any(rows < 1 or cols < 1 for rows, cols in grids) or num_tiles != len(pixel_values):
-        raise ValueError(
-            f"image_grid_hw {grids} stands for {num_tiles} tiles with the global views, but pixel_values "
-            f"hold {len(pixel_values)}"
-        )
-    return grids
-
-
-def _check_not_packed(shapes: dict, config, source) -> None:
-    """Raise `ValueError` for 4-bit weights that no quantiser has been named for."""
-    num_packed = sum(name.endswith(".qweight") for name in shapes)
-    if num_packed and getattr(config, "quantization_config", None) is None:
-        raise ValueError(
-            f"{source} holds {num_packed} packed weights (GPTQ or AWQ), which this package does not unpack, "
-            "and its config.json names no quantization_config; load the unquantised checkpoint"
-        )
-
-
-def _check_loading(info: dict, source) -> None:
-    """Raise `ValueError` that lists every tensor that is missing, unknown or of another shape."""
-    faults = [
-        f"{len(info[kind])} {what}: {', '.join(sorted(map(str, info[kind])))}"
-        for kind, what in (
-            ("missing_keys", "missing"),
-            ("unexpected_keys", "unexpected"),
-            ("mismatched_keys", "of another shape"),
-            ("error_msgs", "errors"),
-        )
-        if info.get(kind)
-    ]
-    if faults:
-        raise ValueError(f"the weights in {source} don't fit this model; tensors {'; '.join(faults)}")

@@ -107,3 +107,36 @@ def prepare_visuals(
 ) -> tuple[Tensor, Tensor]:
     """`pixel_values` (all tiles, 3, side, side) and `image_grid_hw` (visuals, 2)."""
     return batch_images([visual.prepare(config, hd_num, font) for visual in visuals])
+
+
+def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> list[tuple[int, int]]:
+    """The grids as pairs of ints, after checking that they account for every tile.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    side = config.img_size
+    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
+        raise ValueError(
+            f"pixel_values have the shape {tuple(pixel_values.shape)}; this checkpoint reads "
+            f"(tiles, 3, {side}, {side})"
+        )
+    if not config.is_tiled:
+        if image_grid_hw is not None and len(image_grid_hw) != len(pixel_values):
+            raise ValueError(
+                f"image_grid_hw names {len(image_grid_hw)} pictures but there are {len(pixel_values)}"
+            )
+        return [(1, 1)] * len(pixel_values)
+    if image_grid_hw is None:
+        raise ValueError("image_grid_hw is needed: rows and columns of the tiles of each picture")
+    table = torch.as_tensor(image_grid_hw)
+    if table.ndim != 2 or table.shape[1] != 2:
+        raise ValueError(f"image_grid_hw has the shape {tuple(table.shape)}; it needs (pictures, 2)")
+    grids = [(int(rows), int(cols)) for rows, cols in table.tolist()]
+    num_tiles = sum(1 + rows * cols for rows, cols in grids)
+    if any(rows < 1 or cols < 1 for rows, cols in grids) or num_tiles != len(pixel_values):
+        raise ValueError(
+            f"image_grid_hw {grids} stands for {num_tiles} tiles with the global views, but pixel_values "
+            f"hold {len(pixel_values)}"
+        )
+    return grids

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from .modeling_internlm2 import check_infer_mode
 from .prompt_internlm_xcomposer2 import BEGIN_OF_TURN, END_OF_TURN, IMAGE_MARK, META_INSTRUCTION
 from .webpage_internlm_xcomposer2 import (
     check_image_links,
@@ -249,7 +248,9 @@ class WritingMixin:
     ) -> str:
         """The answer to one turn, without markup."""
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
-        self._check_writing(query, infer_mode, seed, tokenizer, generate_kwargs)
+        self._check_writing(
+            query, infer_mode, seed, tokenizer, {"max_new_tokens": max_new_tokens, **generate_kwargs}
+        )
         inputs = self.prepare_chat(
             tokenizer,
             query,
@@ -274,12 +275,9 @@ class WritingMixin:
         """Raise `ValueError` or `TypeError` for what is wrong whatever the prompt becomes."""
         if not isinstance(query, str):
             raise TypeError(f"inst must be a str, not {type(query).__name__}")
-        check_infer_mode(infer_mode, self.config.text_config)
+        self._check_settings({"infer_mode": infer_mode, **generate_kwargs})
         check_seed(seed)
         self.check_tokenizer(tokenizer)
-        num_beams = generate_kwargs.get("num_beams", 1)
-        if generate_kwargs.get("streamer") is not None and num_beams > 1:
-            raise ValueError(f"a streamer shows one answer as it grows, but num_beams is {num_beams}; use 1")
 
 
 def answer_budget(num_prompt: int, max_length: int, max_new_tokens: int | None = None) -> int:

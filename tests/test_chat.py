@@ -187,6 +187,13 @@ def test_a_video_is_one_picture(model, tokenizer):
         ({"infer_mode": "web"}, ValueError, "needs the adapters web"),
         ({"num_beams": 2, "streamer": object()}, ValueError, "num_beams is 2"),
         ({"tokenizer": None}, ValueError, "no tokenizer"),
+        ({"tokenizer": "path"}, TypeError, "is a str"),
+        ({"infer_mode": ["web"]}, ValueError, "web"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, not 0"),
+        ({"max_new_tokens": False}, TypeError, "max_new_tokens must be an int, not False"),
+        ({"num_beams": 0}, ValueError, "num_beams must be at least 1"),
+        ({"do_sample": True, "temperature": 0.0}, ValueError, "temperature must be above 0.*do_sample=False"),
+        ({"do_sample": True, "top_p": 1.5}, ValueError, "top_p must be above 0 and at most 1"),
         ({"query": "word " * 2000}, ValueError, "context holds 1024"),
     ],
 )
@@ -288,6 +295,21 @@ def test_an_error_while_streaming_reaches_the_reader(model, tokenizer, picture):
             list(model.stream_chat(tokenizer, "what?", picture, max_new_tokens=3))
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("image", ["picture", [], None])
+def test_guessing_ahead_gives_the_same_answer(model, tokenizer, picture, image):
+    assistant = tiny_model("2.5", seed=5)
+    call = (tokenizer, "what? what?", picture if image == "picture" else image)
+    settings = {"do_sample": False, "max_new_tokens": 12, "repetition_penalty": 1.2}
+    expected = model.chat(*call, **settings)
+    assert model.chat(*call, **settings, prompt_lookup_num_tokens=3) == expected
+    assert model.chat(*call, **settings, assistant_model=assistant) == expected
+
+
+def test_nothing_is_dropped_behind_a_history_in_fourth_place(model, tokenizer):
+    with pytest.raises(TypeError, match="have to be named"):
+        model.chat(tokenizer, "hi", [], [("a", "b")], object())
 
 
 def test_chat_inside_autocast(model, tokenizer, picture):

@@ -75,8 +75,9 @@ def test_dynamic_frequencies_are_those_of_the_library(length):
         rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=48
     ).text_config
     expected, scale = ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=length)
-    found, found_scale = InternLM2RotaryEmbedding(config).frequencies(torch.tensor(length))
-    torch.testing.assert_close(found, expected)
+    found, found_scale = InternLM2RotaryEmbedding(config).frequencies(torch.tensor([length, 5]))
+    torch.testing.assert_close(found[0], expected)
+    assert torch.equal(found[1], InternLM2RotaryEmbedding(config).frequencies(torch.tensor([1]))[0][0])
     assert found_scale == scale
 
 
@@ -88,6 +89,17 @@ def test_a_long_prompt_does_not_change_later_short_ones():
     model(long)
     for ids, expected in zip((short, middle), before, strict=True):
         assert torch.equal(model(ids).last_hidden_state, expected)
+
+
+@torch.no_grad()
+def test_a_long_row_does_not_change_a_short_one_beside_it():
+    model = tiny_model(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=32).model
+    ids = torch.randint(7, 600, (2, 60), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 60)
+    mask[1, :40] = 0
+    alone = model(ids[1:, 40:]).last_hidden_state
+    batch = model(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(batch[1:, 40:], alone, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -247,6 +259,7 @@ def test_a_mode_without_its_adapters_is_refused():
         {"num_key_value_heads": 3},
         {"num_hidden_layers": 0},
         {"rope_scaling": {"type": "dynamic"}},
+        {"rope_scaling": {"type": "bogus", "factor": 2.0}},
         {"task_adapters": {"web": 0}},
         {"version": "3"},
         {"hd_num": 0},
