@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PAIR = "Picture 1: <ImageHere>; picture 2: <ImageHere>; "
+PAIR = " Picture 1: <ImageHere>; picture 2: <ImageHere>"
 QUESTIONS = [
     (["number.png"], "What number is printed in the picture?"),
     (["word.jpg"], "What word is printed in the picture?"),
@@ -17,8 +17,8 @@ QUESTIONS = [
     (["ring.jpg"], "What colour is the object?"),
     (["circles.png"], "How many circles are there?"),
     (["objects.png"], "How many objects are there?"),
-    (["star.png", "ring.jpg"], PAIR + "Which picture shows the ring?"),
-    (["ring.jpg", "star.png"], PAIR + "Which picture shows the ring?"),
+    (["star.png", "ring.jpg"], "Which picture shows the ring?" + PAIR),
+    (["ring.jpg", "star.png"], "Which picture shows the ring?" + PAIR),
 ]
 
 

@@ -144,7 +144,7 @@ def test_the_quickened_model_computes_the_same(tmp_path, monkeypatch):
     sample = draw_sample("which", "train", random.Random(4), FAMILIES)
     with torch.no_grad():
         features, prompts, _ = stage.encode([sample])
-        loss, _ = stage.answers_loss(features, prompts)
+        loss, *_ = stage.answers_loss(features, prompts)
         ids = torch.tensor([prompts[0].ids])
         span = prompts[0].answers[0]
         labels = torch.full_like(ids, -100)

@@ -202,6 +202,8 @@ def draw_objects(rng: random.Random, split: str, things: list[Thing]) -> Picture
 def scatter(sketch: Sketch, count: int, size: float, tries: int = 40) -> list[tuple[int, int, int]] | None:
     """(top, left, side) of `count` squares with a gap between any two, or None where they found no room."""
     gap, boxes = 4 * sketch.scale, []
+    if count == 0:
+        return boxes
     for _ in range(tries):
         pixels = max(5, sketch.snap(size * sketch.rng.uniform(0.8, 1.2)))
         y, x = sketch.place(pixels, pixels)

@@ -104,11 +104,16 @@ ABOUT_ONE_OF_TWO = {
     "shape": ("What shape is the object in picture {place}?", "Which shape does picture {place} show?"),
 }
 
-PAIR_FRAMES = (
+# With the question first, each picture is read with the thing asked for in mind.
+QUESTION_FIRST = (
+    "{question} Picture 1: {mark}; picture 2: {mark}",
+    "{question} Picture 1 {mark}; picture 2 {mark}",
+    "{question} Image1 {mark}; Image2 {mark}",
+    "{question}\nPicture 1: {mark}\nPicture 2: {mark}",
+)
+QUESTION_LAST = (
     "Picture 1: {mark}; picture 2: {mark}; {question}",
     "Picture 1 {mark}; picture 2 {mark}; {question}",
-    "Image1 {mark}; Image2 {mark}; {question}",
-    "Picture 1: {mark}\nPicture 2: {mark}\n{question}",
 )
 
 
@@ -122,9 +127,11 @@ def ask_about_one_of_two(kind: str, place: int, rng: random.Random) -> str:
     return rng.choice(ABOUT_ONE_OF_TWO[kind]).format(place=place)
 
 
-def frame_pair(question: str, mark: str, rng: random.Random) -> str:
-    """`question` behind two pictures, each standing where `mark` (such as `<ImageHere>`) stands."""
-    return rng.choice(PAIR_FRAMES).format(mark=mark, question=question)
+def frame_pair(question: str, mark: str, rng: random.Random, question_first: bool = True) -> str:
+    """`question` beside two pictures, each standing where `mark` (such as `<ImageHere>`) stands."""
+    return rng.choice(QUESTION_FIRST if question_first else QUESTION_LAST).format(
+        mark=mark, question=question
+    )
 
 
 def every_text() -> list[str]:
@@ -137,7 +144,7 @@ def every_text() -> list[str]:
     for wordings in QUESTIONS.values():
         for wording in wordings:
             texts += _fillings(wording, things)
-    for frame in PAIR_FRAMES:
+    for frame in QUESTION_FIRST + QUESTION_LAST:
         texts += [frame.format(mark="", question=wording) for wording in QUESTIONS["which"]]
     return texts
 

@@ -8,8 +8,10 @@ from .questions import COLOURS, PLURALS, ask, ask_about_one_of_two, frame_pair
 from .words import random_string
 
 IMAGE_MARK = "<ImageHere>"
+QUESTION_FIRST_SHARE = 0.65  # of the training pairs; the rest name the thing behind the pictures
+EMPTY_SHARE = 0.1  # of the training pairs have nothing in the other picture: easy, and a step to the rest
 TURN, END_OF_TURN = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"
-MIX = {"number": 0.17, "word": 0.32, "object": 0.06, "count": 0.19, "which": 0.26}  # of training
+MIX = {"number": 0.17, "word": 0.34, "object": 0.05, "count": 0.18, "which": 0.26}  # of training
 EXPLICIT_MARK_SHARE = 0.25  # of questions about one picture that say where it stands
 
 
@@ -89,7 +91,10 @@ def _pair_sample(split: str, rng: random.Random, families: list[list[str]]) -> S
     elif other.colour != asked.colour and rng.random() < 0.2:
         name = f"{asked.colour} object"
     sides = [(draw_object(rng, split, thing), thing, _with_article(thing)) for thing in (asked, other)]
-    if rng.random() < 0.15:
+    style = rng.random()
+    if split == "train" and style < EMPTY_SHARE:
+        sides[1] = (draw_objects(rng, split, []), None, "")
+    elif style > 0.88:
         kind = rng.choice(("number", "word"))
         text = random_string(kind, split, rng, rng.choice((2, 3, 4)))
         sides[1] = (draw_text(rng, split, text, families), None, f"a {kind}")
@@ -100,10 +105,9 @@ def _pair_sample(split: str, rng: random.Random, families: list[list[str]]) -> S
     sides = sides if place == 0 else sides[::-1]
     turns = [(ask("which", rng, thing=name), f"picture {place + 1}")]
     if split == "train":
-        turns += [_turn_about(number + 1, *side[1:], rng) for number, side in enumerate(sides)]
-        if rng.random() < 0.5:
-            rng.shuffle(turns)
-    turns[0] = (frame_pair(turns[0][0], IMAGE_MARK, rng), turns[0][1])
+        turns += [_turn_about(number + 1, *side[1:], rng) for number, side in enumerate(sides) if side[2]]
+    question_first = split != "train" or rng.random() < QUESTION_FIRST_SHARE
+    turns[0] = (frame_pair(turns[0][0], IMAGE_MARK, rng, question_first), turns[0][1])
     return Sample("which", [picture for picture, _, _ in sides], turns)
 
 

@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from internlm_xcomposer2.configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+from internlm_xcomposer2.modeling_internlm2 import apply_rotary
 from internlm_xcomposer2.modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from .dense import DenseHead, Pages, dense_loss, glyph_accuracy, to_tile
+from .dense import UNKNOWN, DenseHead, Pages, dense_loss, glyph_accuracy, to_tile
 from .fonts import find_fonts
-from .questions import ABILITIES
-from .samples import END_OF_TURN, Sample, draw_sample, draw_training_sample, segments
+from .pictures import Picture
+from .questions import ABILITIES, COLOURS, SHAPES
+from .samples import END_OF_TURN, IMAGE_MARK, Sample, draw_sample, draw_training_sample, segments
 
 TOWER = {
     "hidden_size": 128,
@@ -33,6 +35,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM",
     "AutoModelForCausalLM": "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM",
 }
+ORDER_LAYER, ASKED_LAYER = 2, 3  # after how many of the decoder's layers a picture's tokens have to know
+POINTER_LAYERS = (2, 3)
+PAIR_WEIGHT = 1.0  # of what the tokens of two pictures have to know
 CHOICE_WEIGHT = 4.0  # "picture 1" is five ids of which one is a choice, so its mean says little
 MICRO_BATCH = 16  # tiles whose activations stay in a core's cache
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1) * 255
@@ -135,6 +140,9 @@ class Prompt:
     ids: list[int]
     answers: list[range]
     num_pictures: int
+    things: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # colour, shape; by picture
+    choice: tuple[int, int] | None = None  # where "1" or "2" is to be said of two pictures; which, from 0
+    asked: int = UNKNOWN  # which of two pictures is the right one, from 0, where the question stands first
 
 
 class JointStage(nn.Module):
@@ -150,6 +158,8 @@ class JointStage(nn.Module):
             if "Plora_B" in name:
                 nn.init.zeros_(parameter)
         self.head = DenseHead(TOWER["hidden_size"])
+        self.order_head = nn.Linear(self.model.config.hidden_size, 2)
+        self.asked_head = nn.Linear(self.model.config.hidden_size, 2)
         if arguments.tower:
             self.load_tower(arguments.tower)
         quicken(self.model)
@@ -176,9 +186,10 @@ class JointStage(nn.Module):
         total = 0.0
         for group in self.groups(samples):
             features, prompts, tiles_loss = self.encode(group)
-            answers, _ = self.answers_loss(features, prompts)
+            answers, _, pair_loss = self.answers_loss(features, prompts)
             weights = torch.tensor([answer_weight(turn) for sample in group for turn in sample.turns])
-            loss = answers @ weights / num_answers + DENSE_WEIGHT * tiles_loss * len(group) / batch
+            aside = DENSE_WEIGHT * tiles_loss + PAIR_WEIGHT * pair_loss
+            loss = answers @ weights / num_answers + aside * len(group) / batch
             loss.backward()
             total += answers.sum().item() / num_answers
             self.note(group, answers.tolist())
@@ -246,17 +257,28 @@ class JointStage(nn.Module):
             if is_answer:
                 answers.append(range(len(ids) - 1, len(ids) - 1 + len(piece)))
             ids += piece
-        return Prompt(ids, answers, len(sample.pictures))
+        question, answer = sample.turns[0]
+        knows = sample.ability == "which" and question.index("?") < question.index(IMAGE_MARK)
+        asked = int(answer.removeprefix("picture ")) - 1 if knows else UNKNOWN
+        things = [only_thing(picture) for picture in sample.pictures]
+        choice = None
+        for (_, answer), span in zip(sample.turns, answers, strict=True):
+            if answer.startswith("picture "):
+                choice = (span.stop - 2, int(answer[-1]) - 1)  # after the digit only the turn's end is said
+        return Prompt(ids, answers, len(sample.pictures), things, choice, asked)
 
-    def answers_loss(self, features: Tensor, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-        """The mean loss of each answer, and whether every id of it is the likeliest; both (answers,)."""
+    def answers_loss(self, features: Tensor, prompts: list[Prompt]) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean loss of each answer, whether every id of it is the likeliest, and `pair_loss`."""
         ids = torch.zeros(len(prompts), max(len(prompt.ids) for prompt in prompts), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
         mask = ids == self.model.config.image_token_id
         embeds = self.model.model.tok_embeddings(ids).masked_scatter(mask[..., None], features)
         # Padding stands at the end, where causal attention never looks.
-        hidden = self.model.model(inputs_embeds=embeds, im_mask=mask, use_cache=False).last_hidden_state
+        outputs = self.model.model(
+            inputs_embeds=embeds, im_mask=mask, use_cache=False, output_hidden_states=True
+        )
+        hidden = outputs.last_hidden_state
         places = [(row, at, turn) for row, turn, span in spans(prompts) for at in span]
         rows, columns, turns = torch.tensor(places).T
         logits = self.model.output(hidden[rows, columns])
@@ -264,7 +286,75 @@ class JointStage(nn.Module):
         sizes = torch.bincount(turns).float()
         losses = functional.cross_entropy(logits, targets, reduction="none")
         right = torch.zeros_like(sizes).index_add(0, turns, (logits.argmax(-1) == targets).float())
-        return torch.zeros_like(sizes).index_add(0, turns, losses) / sizes, right == sizes
+        means = torch.zeros_like(sizes).index_add(0, turns, losses) / sizes
+        pair_loss = self.pair_loss(outputs.hidden_states, mask, prompts)
+        return means, right == sizes, pair_loss + self.pointer_loss(outputs.hidden_states, mask, prompts)
+
+    def pointer_loss(self, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]) -> Tensor:
+        """How little one head of each upper layer looks at the right picture where its number is to be said.
+
+        To look there and to copy the number pay off only together, so that neither begins: this begins it.
+        """
+        choices = [(row, *prompt.choice) for row, prompt in enumerate(prompts) if prompt.choice]
+        if not choices:
+            return mask.new_zeros((), dtype=torch.float32)
+        rows, positions, places = torch.tensor(choices).T
+        positional = self.model.model.rotary_emb(torch.arange(mask.shape[1])[None])
+        loss = 0.0
+        for index in POINTER_LAYERS:
+            layer = self.model.model.layers[index]
+            attention = layer.attention
+            image_rows = mask.flatten().nonzero()[:, 0]
+            packed = attention.wqkv(layer.attention_norm(hidden[index]), image_rows=image_rows)
+            packed = packed.unflatten(-1, (-1, attention.num_key_value_groups + 2, attention.head_dim))
+            query, key = (apply_rotary(packed[:, None, :, 0, part], *positional)[:, 0] for part in (0, -2))
+            keys = key[mask].view(len(prompts), 2, -1, attention.head_dim)[rows]
+            scores = torch.einsum("nd,nptd->npt", query[rows, positions], keys) * attention.scaling
+            loss = loss + functional.cross_entropy(scores.logsumexp(-1), places)
+        self.losses["pointer"] = loss.item()
+        return loss
+
+    def pair_loss(self, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]) -> Tensor:
+        """How badly the tokens of two pictures know which of them they belong to, and if it was asked for.
+
+        Among a hundred tokens the one that numbers a picture, or names the thing asked for, is too faint a
+        cue to be found from the answer alone.
+        """
+        if prompts[0].num_pictures < 2:
+            return mask.new_zeros((), dtype=torch.float32)
+        loss = self.names_loss(
+            hidden[ORDER_LAYER][mask].view(2 * len(prompts), -1, hidden[0].shape[-1]), prompts
+        )
+        places = torch.arange(2)[None, :, None]
+        right = torch.tensor([prompt.asked for prompt in prompts])[:, None, None]
+        asked = torch.where(right == UNKNOWN, UNKNOWN, (places == right).long())
+        for name, head, layer, targets in (
+            ("order", self.order_head, ORDER_LAYER, places),
+            ("asked", self.asked_head, ASKED_LAYER, asked),
+        ):
+            logits = head(hidden[layer][mask]).view(len(prompts), 2, -1, 2)
+            targets = targets.expand(logits.shape[:3]).flatten()
+            part = functional.cross_entropy(logits.flatten(0, 2), targets, reduction="sum")
+            part = part / max(1, int((targets != UNKNOWN).sum()))
+            self.losses[name] = part.item()
+            loss = loss + part
+        return loss
+
+    def names_loss(self, hidden: Tensor, prompts: list[Prompt]) -> Tensor:
+        """How far the mean token of each picture is from the embeddings of its colour's and its shape's name.
+
+        A picture is then matched with the words for what it shows by a mere inner product.
+        """
+        means = self.model.model.layers[ORDER_LAYER].attention_norm(hidden.mean(1))
+        loss = 0.0
+        for field, names in enumerate((COLOURS, SHAPES)):
+            rows = [self.pieces.piece_to_id(f"\u2581{name}") for name in names]
+            logits = means @ self.model.model.tok_embeddings.weight[rows].T
+            targets = torch.tensor([thing[field] for prompt in prompts for thing in prompt.things])
+            part = functional.cross_entropy(logits, targets, reduction="sum")
+            loss = loss + part / max(1, int((targets != UNKNOWN).sum()))
+        self.losses["names"] = loss.item()
+        return loss
 
     @torch.inference_mode()
     def validate(self) -> dict[str, float]:
@@ -273,7 +363,7 @@ class JointStage(nn.Module):
         for group in self.groups(self.unseen):
             features, prompts, _ = self.encode(group)
             for sample, right in zip(group, self.answers_loss(features, prompts)[1].tolist(), strict=True):
-                names = [sample.ability]
+                names = [sample.ability]  # and its parts
                 if sample.ability in ("number", "word", "count"):
                     answer = sample.turns[0][1]
                     names.append(f"{sample.ability} {answer if sample.ability == 'count' else len(answer)}")
@@ -282,6 +372,14 @@ class JointStage(nn.Module):
         scores = {name: sum(rights) / len(rights) for name, rights in sorted(tally.items())}
         abilities = [scores[ability] for ability in ABILITIES]
         return {**scores, "score": (min(abilities) + sum(abilities) / len(abilities)) / 2}
+
+
+def only_thing(picture: Picture) -> tuple[int, int]:
+    """Colour and shape of a picture's one object as indices, or unknown."""
+    marks = [mark for mark in picture.marks if mark.name in SHAPES]
+    if len(marks) != 1:
+        return UNKNOWN, UNKNOWN
+    return COLOURS.index(marks[0].colour), SHAPES.index(marks[0].name)
 
 
 def answer_weight(turn: tuple[str, str]) -> float:

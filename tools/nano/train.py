@@ -28,7 +28,7 @@ ADAMW = {"lr": 1e-3, "betas": (0.9, 0.98), "weight_decay": 0.05}
 WARM_UP_STEPS = 50
 LOG_EVERY = 50  # steps
 SAVE_EVERY = 100
-FLOOR = 0.02  # of the learning rate, at the end
+FLOOR = 0.005  # of the learning rate, at the end
 CLIP_NORM = 1.0
 
 
@@ -191,8 +191,9 @@ class Run:
         state = torch.load(self.arguments.out / "last.pt", weights_only=True)
         self.stage.load_state_dict(state["model"])
         self.step, self.seconds, self.best = state["counters"]
-        saved = torch.load(self.arguments.out / f"optimizers.{self.rank}.pt", weights_only=True)
-        for optimizer, optimizer_state in zip(self.optimizers, saved, strict=True):
+        path = self.arguments.out / f"optimizers.{self.rank}.pt"
+        saved = torch.load(path, weights_only=True) if path.exists() else []
+        for optimizer, optimizer_state in zip(self.optimizers, saved, strict=False):
             optimizer.load_state_dict(optimizer_state)
 
 
