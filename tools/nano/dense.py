@@ -62,7 +62,7 @@ def to_tile(picture: Picture) -> tuple[np.ndarray, np.ndarray]:
         size = (max(1, int(TILE / (height / width))), TILE)
     tile = Image.new("RGB", (TILE, TILE), "white")
     tile.paste(picture.image.resize(size, Image.Resampling.BILINEAR), (0, 0))
-    return np.asarray(tile), grid_labels(mark_table(picture, scale), 0, 0)
+    return np.array(tile), grid_labels(mark_table(picture, scale), 0, 0)
 
 
 class Pages:
