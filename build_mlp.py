@@ -245,7 +245,10 @@ class PLoRA(nn.Module):
         output = self.linear(x)
         if image_rows is None and im_mask is not None:
             image_rows = image_row_indices(im_mask, x.device)
-        if image_rows is not None and image_rows.numel():
+        if image_rows is None and torch.is_grad_enabled() and self.Plora_A.weight.requires_grad:
+            # Without pictures these weights get gradients of zero, not none: other ranks may wait for them.
+            image_rows = torch.empty(0, dtype=torch.long, device=x.device)
+        if image_rows is not None:
             output = self._add_on_rows(output, x, image_rows)
         for name in ADAPTERS_OF_MODE[infer_mode]:
             output = output + self._low_rank(x, f"lora_{name}")
