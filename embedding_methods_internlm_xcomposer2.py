@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, StoppingCriteria, StoppingCriteriaList
 
-from .chat_internlm_xcomposer2 import check_length, check_turns
 from .media_internlm_xcomposer2 import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from .prompt_internlm_xcomposer2 import (
     BEGIN_OF_TURN,
     END_OF_TURN,
     IMAGE_MARK,
+    check_length,
+    check_turns,
     encode_prompt,
     format_prompt,
     place_images,

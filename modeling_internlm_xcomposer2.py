@@ -7,13 +7,13 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .build_mlp import build_projector, build_vision_projector, build_vision_tower
-from .chat_internlm_xcomposer2 import ChatMixin, is_assisted
+from .chat_internlm_xcomposer2 import ChatMixin
 from .checkpoint_internlm_xcomposer2 import (
     HUB_ARGUMENTS,
     check_loading,
@@ -36,6 +36,13 @@ from .modeling_internlm2 import (
     check_attention,
     check_image_mask,
     check_infer_mode,
+)
+from .prefix_internlm_xcomposer2 import (
+    ends_in_text,
+    is_assisted,
+    num_copies,
+    prefills_once,
+    start_generation,
 )
 from .visual_internlm_xcomposer2 import check_grids
 from .writing_internlm_xcomposer2 import WritingMixin
@@ -375,6 +382,8 @@ class InternLMXComposer2ForCausalLM(
             candidates = self.model.tok_embeddings(input_ids[:, -num_candidates:])
             inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds.device)], dim=1)
             im_mask = None if im_mask is None else nn.functional.pad(im_mask, (0, num_candidates))
+        if inputs_embeds is not None and not is_prefill and inputs_embeds.shape[1] == 1:
+            kwargs["next_sequence_length"] = 1  # the last token of a prompt that is computed already
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
@@ -429,7 +438,32 @@ class InternLMXComposer2ForCausalLM(
             kwargs["im_mask"] = im_mask.to(self.input_device).bool()
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
+        if not args and num_copies(self, kwargs) > 1:
+            kwargs = self._prefill_before_copies(ids, kwargs)
         return super().generate(ids, *args, **kwargs)
+
+    def _prefill_before_copies(self, ids: Tensor | None, kwargs: dict) -> dict:
+        """`generate`'s arguments with the prompt computed once, not for each beam or sample."""
+        embeds, mask, im_mask = (kwargs.get(name) for name in ("inputs_embeds", "attention_mask", "im_mask"))
+        with_ids = embeds is None or (ids is not None and ids.shape[1] == embeds.shape[1])
+        if embeds is None:
+            embeds = None if ids is None else self.model.tok_embeddings(ids.to(self.input_device))
+        if embeds is None or not prefills_once(self, kwargs) or not ends_in_text(embeds, mask, im_mask):
+            return kwargs
+        mask = torch.ones_like(embeds[..., 0], dtype=torch.long) if mask is None else mask
+        padding = None if mask.bool().all() else mask
+        started = start_generation(
+            self,
+            DynamicCache(config=self.config.text_config),
+            inputs_embeds=embeds,
+            attention_mask=padding,
+            im_mask=im_mask,
+            infer_mode=kwargs.get("infer_mode", "base"),
+            kwargs=kwargs,
+        )
+        if with_ids:
+            started["inputs_embeds"] = None
+        return {**kwargs, **started, "attention_mask": mask, "im_mask": None}
 
     def _published_generate_arguments(self, inputs_embeds: Tensor, kwargs: dict) -> tuple[Tensor, dict]:
         """The BOS column that old sequences begin with, and today's arguments for old ones."""

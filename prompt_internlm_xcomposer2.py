@@ -1,5 +1,6 @@
 """Turns, system text and pictures -> the token ids of a prompt, by the rules of each version. No tensors."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ META_INSTRUCTION = (
     "- InternLM-XComposer (浦语·灵笔) is capable of comprehending and articulating responses effectively "
     "based on the provided image."
 )
+
+
+History = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -90,3 +94,40 @@ def encode_prompt(
 def cut_response(text: str) -> str:
     """What stands before the end of the turn."""
     return text.split(END_OF_TURN)[0]
+
+
+def check_turns(query: str, history: History | None) -> list[tuple[str, str]]:
+    """The history as a list of pairs of text.
+
+    Raises:
+        TypeError: the question is no text, or the history no list of (question, answer).
+    """
+    if not isinstance(query, str):
+        raise TypeError(f"query must be a str, not {type(query).__name__}")
+    turns = []
+    for turn in history or ():
+        if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(t, str) for t in turn)):
+            raise TypeError(f"history must be a list of (question, answer) texts; one turn is {turn!r:.80}")
+        turns.append((turn[0], turn[1]))
+    return turns
+
+
+def context_length(config) -> int:
+    """How many tokens the decoder reads: the trained positions times what their scaling stretches them by."""
+    text = config.text_config
+    return int(text.max_position_embeddings * text.rope_parameters.get("factor", 1.0))
+
+
+def check_length(num_tokens: int, image_lengths: list[int], config, hd_num: int = 1, count=None) -> None:
+    """Raise `ValueError` for a prompt longer than the context, with what would fit."""
+    limit = context_length(config)
+    if num_tokens <= limit:
+        return
+    remedy = "shorten the text or the history"
+    if image_lengths and count is not None and config.is_tiled:
+        fitting = bisect_right(range(1, hd_num), limit, key=count)  # the count grows with the budget
+        remedy = f"hd_num={fitting} would fit" if fitting else "pass fewer pictures or frames, or less text"
+    raise ValueError(
+        f"the prompt has {num_tokens} tokens, {sum(image_lengths)} of them for "
+        f"{len(image_lengths)} pictures, but the context holds {limit}; {remedy}"
+    )

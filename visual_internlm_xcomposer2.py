@@ -1,5 +1,7 @@
 """Pictures and videos as callers pass them -> what the tower reads. Planned first, so counts are cheap."""
 
+import hashlib
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +45,19 @@ class Visual:
         return plan_tiles(
             self.image.height, self.image.width, tile_size=side, hd_num=hd_num, layout=layout
         ).grid
+
+    def identity(self, config, hd_num: int, font: Font | None) -> Hashable:
+        """Equal for pictures that `prepare` makes the same of, and practically never for others."""
+        digest = hashlib.blake2b(digest_size=16)
+        if self.pixels is not None:
+            pixels = self.pixels.detach().float().cpu().contiguous()
+            digest.update(pixels.numpy())
+            return "pixels", tuple(pixels.shape), digest.digest()
+        for image in self.frames or (self.image,):
+            digest.update(f"{image.mode} {image.size}".encode())
+            digest.update(image.tobytes())
+        labels = (*font.getname(), getattr(font, "size", None)) if self.frames and font else ()
+        return "frames" if self.frames else "image", self.grid(config, hd_num), labels, digest.digest()
 
     def prepare(self, config, hd_num: int, font: Font | None) -> PreparedImage:
         """Cut and normalise."""
@@ -103,10 +118,12 @@ def check_pixels(pixels: Tensor, config) -> Tensor:
 
 
 def prepare_visuals(
-    visuals: list[Visual], config, hd_num: int, *, font: Font | None = None
+    visuals: Sequence[Visual], config, hd_num: int | Sequence[int], *, font: Font | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`pixel_values` (all tiles, 3, side, side) and `image_grid_hw` (visuals, 2)."""
-    return batch_images([visual.prepare(config, hd_num, font) for visual in visuals])
+    """`pixel_values` (tiles, 3, side, side), `image_grid_hw` (visuals, 2); one `hd_num`, or each its own."""
+    budgets = [hd_num] * len(visuals) if isinstance(hd_num, int) else hd_num
+    pairs = zip(visuals, budgets, strict=True)
+    return batch_images([visual.prepare(config, budget, font) for visual, budget in pairs])
 
 
 def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> list[tuple[int, int]]:
