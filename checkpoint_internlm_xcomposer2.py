@@ -1,16 +1,40 @@
 """What lies in a checkpoint directory: the names and shapes of its tensors, read without loading them."""
 
 import json
+import math
 import os
+import re
+import shlex
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-# In the order in which transformers prefers them.
-_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# The indexes of sharded weights, in the order in which transformers prefers them.
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_NUMBERED = re.compile(r"model-\d+-of-\d+\.safetensors|pytorch_model-\d+-of-\d+\.bin")
+
+# What safetensors calls the types of its tensors.
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 # Arguments of `from_pretrained` that say where a hub checkpoint is found.
 HUB_ARGUMENTS = (
@@ -24,6 +48,25 @@ HUB_ARGUMENTS = (
 )
 
 
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file of weights says of one of its tensors."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+    @property
+    def num_elements(self) -> int:
+        """The product of the shape."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor's values."""
+        return self.num_elements * self.dtype.itemsize
+
+
 def checkpoint_shapes(source: str | os.PathLike, **hub_arguments) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a checkpoint, by name.
 
@@ -32,31 +75,91 @@ def checkpoint_shapes(source: str | os.PathLike, **hub_arguments) -> dict[str, t
         hub_arguments: those of `HUB_ARGUMENTS`.
 
     Raises:
-        FileNotFoundError: no weights lie there.
+        FileNotFoundError: no weights lie there, or not all of them.
         ValueError: a file of weights is truncated or damaged.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in _weight_paths(source, hub_arguments):
+    headers = read_headers(weight_paths(source, **hub_arguments))
+    return {name: header.shape for name, header in headers.items()}
+
+
+def read_headers(paths: list[Path]) -> dict[str, TensorHeader]:
+    """Name, shape and type of every tensor in these files; no values are read.
+
+    Raises:
+        ValueError: a file is truncated or damaged, or holds something else than tensors.
+    """
+    headers: dict[str, TensorHeader] = {}
+    for path in paths:
         try:
-            shapes.update(_safetensors_shapes(path) if path.suffix == ".safetensors" else _torch_shapes(path))
+            is_safetensors = path.suffix == ".safetensors"
+            headers.update(_safetensors_headers(path) if is_safetensors else _torch_headers(path))
         except Exception as error:  # each format raises its own kinds
             raise ValueError(f"{path} can't be read as a file of weights: {error}") from error
-    return shapes
+    return headers
 
 
-def _weight_paths(source: str | os.PathLike, hub_arguments: dict) -> list[Path]:
-    for index, single in zip(_INDEX_FILES, _WEIGHT_FILES, strict=True):
+def weight_paths(source: str | os.PathLike, **hub_arguments) -> list[Path]:
+    """The files that hold a checkpoint's weights: one, or those that its index names.
+
+    Raises:
+        FileNotFoundError: no weights lie there, or shards are missing.
+        ValueError: the index can't be read.
+    """
+    for index, single in zip(INDEX_FILES, WEIGHT_FILES, strict=True):
         if path := _find(source, single, hub_arguments):
             return [path]
         if path := _find(source, index, hub_arguments):
-            names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_weight_map(path).values()))
             found = {name: _find(source, name, hub_arguments) for name in names}
-            if missing := [name for name, shard in found.items() if shard is None]:
-                raise FileNotFoundError(
-                    f"{source} lacks {len(missing)} of its {len(names)} shards: {', '.join(missing)}"
-                )
+            _refuse_gaps(source, [name for name, shard in found.items() if shard is None], len(names))
             return list(found.values())
-    raise FileNotFoundError(f"no weights in {source}; looked for {', '.join(_WEIGHT_FILES + _INDEX_FILES)}")
+    if os.path.isdir(source) and (shards := shards_without_index(Path(source))):
+        raise FileNotFoundError(
+            f"{source} holds {len(shards)} shards but no index of them; to write one: {adopt_command(source)}"
+        )
+    raise FileNotFoundError(f"no weights in {source}; looked for {', '.join(WEIGHT_FILES + INDEX_FILES)}")
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> name of its shard, from an index file.
+
+    Raises:
+        ValueError: the file is no index of shards.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): os.fspath(shard) for name, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} can't be read as an index of shards: {error!r}") from error
+
+
+def shards_without_index(directory: Path) -> list[Path]:
+    """Shards named `...-00001-of-00003...` in a directory, the safetensors ones if there are both kinds.
+
+    Raises:
+        FileNotFoundError: there are fewer of them than their names say.
+    """
+    found = sorted(path for path in directory.iterdir() if _NUMBERED.fullmatch(path.name))
+    found = [path for path in found if path.suffix == ".safetensors"] or found
+    if found:
+        total = found[-1].name.split("-of-")[1].split(".")[0]
+        stem, suffix = found[-1].name.split("-")[0], found[-1].suffix
+        names = [f"{stem}-{i + 1:0{len(total)}}-of-{total}{suffix}" for i in range(int(total))]
+        present = {path.name for path in found}
+        _refuse_gaps(directory, [name for name in names if name not in present], len(names))
+    return found
+
+
+def _refuse_gaps(source: str | os.PathLike, missing: list[str], num_shards: int) -> None:
+    if missing:
+        raise FileNotFoundError(
+            f"{source} lacks {len(missing)} of its {num_shards} shards: {', '.join(missing)}"
+        )
+
+
+def adopt_command(source: str | os.PathLike) -> str:
+    """The line that makes a directory that can be loaded out of `source`."""
+    return f"ixc2 adopt {shlex.quote(os.fspath(source))}"
 
 
 def _find(source: str | os.PathLike, name: str, hub_arguments: dict) -> Path | None:
@@ -70,14 +173,76 @@ def _find(source: str | os.PathLike, name: str, hub_arguments: dict) -> Path | N
     return Path(path) if path else None
 
 
-def _safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _safetensors_headers(path: Path) -> dict[str, TensorHeader]:
+    headers = {}
     with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_slice(name)
+            dtype = SAFETENSORS_DTYPES.get(tensor.get_dtype())
+            if dtype is None:
+                raise ValueError(f"{name} is of the unknown type {tensor.get_dtype()}")
+            headers[name] = TensorHeader(tuple(tensor.get_shape()), dtype, path)
+    return headers
 
 
-def _torch_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    tensors = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def _torch_headers(path: Path) -> dict[str, TensorHeader]:
+    tensors = load_torch_file(path, "meta")
+    return {name: TensorHeader(tuple(tensor.shape), tensor.dtype, path) for name, tensor in tensors.items()}
+
+
+def load_torch_file(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """The tensors of a `.bin` file, mapped into memory; only files from before torch 1.6 are read whole.
+
+    Raises:
+        ValueError: something in it is no tensor.
+    """
+    tensors = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
+    if not isinstance(tensors, dict):
+        raise ValueError(f"it holds a {type(tensors).__name__} and not tensors by name")
+    others = [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ValueError(
+            f"{len(others)} of its {len(tensors)} entries are no tensors: {', '.join(others[:5])}"
+        )
+    return tensors
+
+
+def read_config(config_class: type, source: str | os.PathLike, **kwargs) -> tuple:
+    """A configuration and the arguments that it left unused, as `from_pretrained` gives them.
+
+    Raises:
+        OSError: there is no `config.json`, or it can't be read; says what to run where weights lie there.
+    """
+    hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    if not os.path.isfile(source) and _find(source, "config.json", hub_arguments) is None:
+        raise FileNotFoundError(f"{source} has no config.json{_hint_to_adopt(source)}")
+    try:
+        return config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+    except OSError as error:
+        raise OSError(f"{error}{_hint_to_adopt(source)}") from error
+
+
+def _hint_to_adopt(source: str | os.PathLike) -> str:
+    """The end of a message about a configuration: what to run in a directory that has weights."""
+    if not os.path.isdir(source):
+        return ""
+    try:
+        weight_paths(source)
+    except (OSError, ValueError):
+        return ""
+    return f"; to write one from the weights, run: {adopt_command(source)}"
+
+
+@contextmanager
+def asking_for_heads(source: str | os.PathLike) -> Iterator[None]:
+    """Let a `ValueError` about the heads, the one size that the weights don't tell, end in what to run."""
+    try:
+        yield
+    except ValueError as error:
+        if "num_attention_heads" not in str(error):
+            raise
+        line = f"{adopt_command(source)} --num-attention-heads N"
+        raise ValueError(f"{error}; with the N of its model card, run: {line}") from error
 
 
 def check_not_packed(shapes: dict, config, source) -> None:

@@ -7,11 +7,12 @@ family. `InternLMXcomposer2Config` accepts them as they are, fills in the defaul
 
 import copy
 import math
-import re
 
 from transformers import PreTrainedConfig
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.utils import logging
+
+from .weight_shapes_internlm_xcomposer2 import WeightShapes
 
 logger = logging.get_logger(__name__)
 
@@ -51,9 +52,13 @@ _CLIP_LARGE = {
 }
 
 
+# Width of an attention head in every published checkpoint; the weights don't tell how many heads there are.
+_HEAD_DIM = 128
+
 _ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "yarn")
 
-_POSITIVE = (
+# Fields of the decoder that must be positive integers.
+TEXT_SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -90,7 +95,7 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
         hidden_size: int = 4096,
         intermediate_size: int = 14336,
         num_hidden_layers: int = 32,
-        num_attention_heads: int = 32,
+        num_attention_heads: int | None = None,
         num_key_value_heads: int | None = None,
         hidden_act: str = "silu",
         max_position_embeddings: int = 32768,
@@ -118,6 +123,8 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
+        if num_attention_heads is None:
+            num_attention_heads = max(1, hidden_size // _HEAD_DIM)
         self.num_attention_heads = num_attention_heads
         if num_key_value_heads is None:  # 8 in every published checkpoint; the weights know better
             num_key_value_heads = 8 if num_attention_heads % 8 == 0 else num_attention_heads
@@ -157,7 +164,7 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
         return self.rope_parameters["rope_theta"]
 
     def _check(self) -> None:
-        for name in _POSITIVE:
+        for name in TEXT_SIZES:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
         if self.hidden_size % self.num_attention_heads:
@@ -325,7 +332,7 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         Raises:
             ValueError: the names are not those of this family; says which are missing.
         """
-        return _complete(self, _WeightShapes(shapes))
+        return _complete(self, WeightShapes(shapes))
 
 
 def _forwarded(name: str) -> property:
@@ -404,37 +411,12 @@ def _vision_config(given: dict | PreTrainedConfig | None, img_size: int | None, 
     return CLIPVisionConfig(**fields)
 
 
-class _WeightShapes:
-    """Shapes by name, blind to whether a linear is stored plain, wrapped (`.linear`) or quantised."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.shapes = {re.sub(r"\.linear\.(\w+)$", r".\1", name): tuple(s) for name, s in shapes.items()}
-
-    def __getitem__(self, name: str) -> tuple[int, ...]:
-        if name not in self.shapes:
-            raise ValueError(
-                f"this is no InternLM-XComposer2 checkpoint: its {len(self.shapes)} tensors lack {name!r}"
-            )
-        return self.shapes[name]
-
-    def rows(self, name: str, default: int | None = None) -> int | None:
-        return self.shapes[name][0] if name in self.shapes else default
-
-    def count(self, prefix: str) -> int:
-        """How many consecutively numbered blocks start with `prefix`."""
-        numbers = {name[len(prefix) :].split(".", 1)[0] for name in self.shapes if name.startswith(prefix)}
-        return len(numbers)
-
-    def adapters(self) -> dict[str, int]:
-        prefix = "model.layers.0.attention.wqkv.lora_"
-        found = [name for name in self.shapes if name.startswith(prefix) and name.endswith("_A.weight")]
-        return {name[len(prefix) : -len("_A.weight")]: self.shapes[name][0] for name in found}
-
-
-def _complete(config: InternLMXcomposer2Config, shapes: _WeightShapes) -> InternLMXcomposer2Config:
+def _complete(config: InternLMXcomposer2Config, shapes: WeightShapes) -> InternLMXcomposer2Config:
     config = copy.deepcopy(config)
     _complete_vision(config, shapes)
     _complete_text(config.text_config, shapes, config.version)
+    if config.image_token_id == _IMAGE_TOKEN_ID:  # which a vocabulary of another family may lack
+        config.image_token_id = min(_IMAGE_TOKEN_ID, config.text_config.vocab_size - 1)
     config.video_memory_size = (
         shapes["video_mem_proj.0.weight"][1] if shapes.count("video_mem_proj.") else None
     )
@@ -442,7 +424,7 @@ def _complete(config: InternLMXcomposer2Config, shapes: _WeightShapes) -> Intern
     return config
 
 
-def _complete_vision(config: InternLMXcomposer2Config, shapes: _WeightShapes) -> None:
+def _complete_vision(config: InternLMXcomposer2Config, shapes: WeightShapes) -> None:
     """Version and tower from the position table, the patch kernel and the newline vectors."""
     tower = "vit.vision_tower.vision_model."
     width, _, patch, _ = shapes[f"{tower}embeddings.patch_embedding.weight"]
@@ -456,25 +438,32 @@ def _complete_vision(config: InternLMXcomposer2Config, shapes: _WeightShapes) ->
     vision.num_hidden_layers = shapes.count(f"{tower}encoder.layers.")
     vision.intermediate_size = shapes[f"{tower}encoder.layers.0.mlp.fc1.weight"][0]
     previous = config.version
-    if shapes.rows("plora_glb_GN") is None:
-        config.version = "2"
-    elif config.version == "2" or side in (336, 560):
-        config.version = "2-4khd" if side == 336 else "2.5"
+    config.version = _version_of_weights(side, shapes, previous)
     if config.version != previous:
         for name in ("hd_num", "max_length"):
             if getattr(config, name) == _DEFAULTS[previous][name]:
                 setattr(config, name, _DEFAULTS[config.version][name])
 
 
-def _complete_text(text: InternLMXcomposer2TextConfig, shapes: _WeightShapes, version: str) -> None:
-    """Sizes, ranks and adapters of the decoder. Quantised linears keep the configured widths."""
-    text.vocab_size, text.hidden_size = shapes["model.tok_embeddings.weight"]
+def _version_of_weights(side: int, shapes: WeightShapes, configured: str) -> str:
+    """The version by newline vectors and tile size; tiles of an unpublished size leave it as configured."""
+    if shapes.rows("plora_glb_GN") is None:
+        return "2"
+    published = {_DEFAULTS[version]["image_size"]: version for version in ("2-4khd", "2.5")}
+    return published.get(side, "2.5" if configured == "2" else configured)
+
+
+def _complete_text(text: InternLMXcomposer2TextConfig, shapes: WeightShapes, version: str) -> None:
+    """Sizes, ranks and adapters of the decoder."""
+    text.vocab_size, hidden_size = shapes["model.tok_embeddings.weight"]
+    if hidden_size != text.hidden_size:  # then heads are as wide as configured, not as many
+        text.num_attention_heads = max(1, hidden_size // text.head_dim)
+    text.hidden_size = hidden_size
     text.num_hidden_layers = shapes.count("model.layers.")
     block = "model.layers.0."
-    text.intermediate_size = shapes.rows(f"{block}feed_forward.w1.weight", text.intermediate_size)
-    packed = shapes.rows(f"{block}attention.wqkv.weight")
-    if packed is not None:  # one query head each, and a key and a value head per group
-        text.num_key_value_heads = (packed // text.head_dim - text.num_attention_heads) // 2
+    # The low-rank factors are as wide as their linears, which may be packed into 4 bits.
+    text.intermediate_size = shapes[f"{block}feed_forward.w1.Plora_B.weight"][0]
+    text.num_key_value_heads = _num_key_value_heads(text, shapes[f"{block}attention.wqkv.Plora_B.weight"][0])
     rank = shapes[f"{block}attention.wo.Plora_A.weight"][0]
     text.plora_rank, text.plora_alpha = _rank_and_alpha(text.plora_rank, text.plora_alpha, rank, 1)
     rank = shapes[f"{block}attention.wqkv.Plora_A.weight"][0]
@@ -484,6 +473,18 @@ def _complete_text(text: InternLMXcomposer2TextConfig, shapes: _WeightShapes, ve
     )
     text.task_adapters = shapes.adapters()
     text._check()
+
+
+def _num_key_value_heads(text: InternLMXcomposer2TextConfig, packed: int) -> int:
+    """Groups of `packed` rows of wqkv: one head for each query, and one key and one value head per group."""
+    heads, rest = divmod(packed, text.head_dim)
+    groups, odd = divmod(heads - text.num_attention_heads, 2)
+    if rest or odd or groups < 1 or text.num_attention_heads % groups:
+        raise ValueError(
+            f"wqkv has {packed} rows, which {text.num_attention_heads} attention heads of width "
+            f"{text.head_dim} don't make; num_attention_heads is the one size that the weights don't tell"
+        )
+    return groups
 
 
 def _rank_and_alpha(rank: int, alpha: float, found: int, default_scale: float) -> tuple[int, float]:

@@ -16,9 +16,11 @@ from .build_mlp import build_projector, build_vision_projector, build_vision_tow
 from .chat_internlm_xcomposer2 import ChatMixin
 from .checkpoint_internlm_xcomposer2 import (
     HUB_ARGUMENTS,
+    asking_for_heads,
     check_loading,
     check_not_packed,
     checkpoint_shapes,
+    read_config,
 )
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .embedding_methods_internlm_xcomposer2 import EmbeddingMethodsMixin
@@ -111,9 +113,7 @@ class InternLMXComposer2ForCausalLM(
         source = pretrained_model_name_or_path
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if not isinstance(config, PreTrainedConfig):
-            config, kwargs = cls.config_class.from_pretrained(
-                config or source, return_unused_kwargs=True, **kwargs
-            )
+            config, kwargs = read_config(cls.config_class, config or source, **kwargs)
             kwargs = {**kwargs, **hub_arguments}
         state_dict = kwargs.get("state_dict")
         shapes = (
@@ -123,7 +123,8 @@ class InternLMXComposer2ForCausalLM(
         )
         kwargs["key_mapping"] = {**PUBLISHED_KEYS, **(kwargs.get("key_mapping") or {})}
         check_not_packed(shapes, config, source)
-        config = config.complete_from_shapes(shapes)
+        with asking_for_heads(source):
+            config = config.complete_from_shapes(shapes)
         accept_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = True  # so that every fault is listed below, not only logged
         model, info = super().from_pretrained(
