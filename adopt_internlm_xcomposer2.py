@@ -1,0 +1,297 @@
+"""A published checkpoint made into a directory that any user of transformers can load."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .checkpoint_internlm_xcomposer2 import INDEX_FILES, read_headers
+from .convert_internlm_xcomposer2 import INDEX, Piece, convert, index_of, plan_pieces
+from .description_internlm_xcomposer2 import class_for, describe_checkpoint, json_bytes
+from .inspect_internlm_xcomposer2 import Findings, examine
+
+MARKER = "ixc2_adopted.json"  # in an adopted directory: where it came from, and what was written
+MAX_SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """What `adopt` did."""
+
+    target: Path
+    findings: Findings
+    written: tuple[str, ...]
+    kept: tuple[str, ...]  # files that were changed after they were written, and left alone
+    removed: tuple[str, ...]
+    notes: tuple[str, ...]  # what is missing or assumed, in plain words
+
+
+@dataclass
+class _Plan:
+    """Every file of the adopted directory by name."""
+
+    texts: dict[str, bytes] = field(default_factory=dict)
+    links: dict[str, Path] = field(default_factory=dict)  # weights that are used as they are
+    pieces: list[Piece] = field(default_factory=list)  # weights that are converted
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.links, *(piece.name for piece in self.pieces), *self.texts]
+
+
+def adopt(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    convert_bin: bool = False,
+    copy: bool = False,
+    tokenizer: str | os.PathLike | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    num_attention_heads: int | None = None,
+) -> Adoption:
+    """Write a directory that holds everything a published checkpoint needs to be loaded.
+
+    It holds a complete `config.json`, the generation, tokenizer, processor and template files, the modules of
+    this package that remote code needs, and the weights: hard links where the file system has them, else
+    symbolic links, else copies. `source` is never changed. A second call checks what the first one wrote,
+    and writes again what is missing or out of date.
+
+    Args:
+        source: the directory of a published checkpoint.
+        target: the new directory, or one that an earlier call wrote.
+        convert_bin: write `.bin` weights as safetensors.
+        copy: copy the weights, so that the two directories share nothing.
+        tokenizer: a `tokenizer.model` where `source` has none.
+        max_shard_size: bytes of one converted file at most, or text such as `"5GB"`.
+        num_attention_heads: where `config.json` doesn't say; the weights don't tell.
+
+    Raises:
+        FileNotFoundError: no directory, no weights, or not all shards.
+        FileExistsError: `target` holds other files, or another run is at work on it.
+        ValueError: `source` is no checkpoint of the family, damaged, or one that the package can't load.
+        OSError: the disk is too small or can't be written.
+    """
+    source, target = Path(source).absolute(), Path(target).absolute()
+    previous = check_target(source, target)
+    findings = examine(source, num_attention_heads)
+    check_loadable(findings)
+    texts, notes = describe_checkpoint(findings, Path(tokenizer) if tokenizer else None)
+    convert_bin = findings.is_bin and (convert_bin or previous.get("converted", False))
+    plan = _plan_weights(findings, convert_bin, max_shard_size)
+    plan.texts |= texts
+    needed, kept = _what_is_needed(plan, target, previous, copy)
+    dropped = [name for name in previous.get("files", {}) if name not in plan.names and _is_weights(name)]
+    removed = [name for name in dropped if (target / name).exists()]
+    if needed or removed:
+        check_space(plan, needed, findings, target, copy)
+        with _staging(target) as staging:
+            _fill(plan, needed, staging, copy)
+            record = _record(plan, target, staging, previous, kept)
+            record = {"source": os.fspath(source.resolve()), "converted": convert_bin, "files": record}
+            (staging / MARKER).write_bytes(json_bytes(record))
+            _put_in_place(staging, target, removed)
+    notes = (*findings.notes, *notes)
+    return Adoption(target, findings, tuple(needed), tuple(kept), tuple(removed), notes)
+
+
+def check_target(source: Path, target: Path) -> dict:
+    """What an earlier run recorded in `target`, empty where `target` is new.
+
+    Raises:
+        FileExistsError: `target` is a file, holds something else, or was adopted from elsewhere.
+        ValueError: `target` lies in `source`, or the other way round.
+    """
+    real_source, real_target = source.resolve(), target.resolve()
+    if real_target == real_source or real_source in real_target.parents or real_target in real_source.parents:
+        raise ValueError(f"{target} and {source} lie in one another; name another directory to adopt into")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return {}
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file; name another directory to adopt into")
+    if not (target / MARKER).is_file():
+        raise FileExistsError(
+            f"{target} holds files that were not adopted; empty it or name another directory to adopt into"
+        )
+    try:
+        previous = json.loads((target / MARKER).read_text(encoding="utf-8"))
+        origin, _ = previous["source"], dict(previous["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileExistsError(f"{target / MARKER} is damaged; delete {target} or name another") from error
+    if origin != os.fspath(real_source):
+        raise FileExistsError(
+            f"{target} was adopted from {origin} and not from {source}; delete it or name another"
+        )
+    return previous
+
+
+def check_loadable(findings: Findings) -> None:
+    """Raise `ValueError` for tensors that no class of the package would load, so that nothing is written."""
+    faults = [
+        f"{len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+        for what, names in (("missing", findings.missing), ("unknown", findings.unknown))
+        if names
+    ]
+    if not faults or ("score.weight" in findings.headers and class_for("AutoModelForSequenceClassification")):
+        return
+    if "score.weight" in findings.headers and "output.weight" not in findings.headers:
+        faults.append("this is a reward model, and the package has no class for its score head")
+    raise ValueError(f"{findings.source} can't be loaded by this package; tensors {'; '.join(faults)}")
+
+
+# ---- weights ----
+
+
+def _plan_weights(findings: Findings, convert_bin: bool, max_shard_size: int | str) -> _Plan:
+    plan = _Plan()
+    if convert_bin:
+        plan.pieces = plan_pieces(findings.headers, max_shard_size)
+        if len(plan.pieces) > 1:
+            plan.texts[INDEX] = json_bytes(index_of(plan.pieces, findings.headers))
+        return plan
+    plan.links = {path.name: path for path in findings.paths}
+    if findings.is_sharded:
+        name = INDEX_FILES[findings.is_bin]
+        plan.texts[name] = _index_bytes(findings, name)
+    return plan
+
+
+def _index_bytes(findings: Findings, name: str) -> bytes:
+    """The source's own index, or one made from its shards."""
+    if findings.has_index:
+        return (findings.source / name).read_bytes()
+    total_size = sum(header.num_bytes for header in findings.headers.values())
+    weight_map = {key: header.file.name for key, header in sorted(findings.headers.items())}
+    return json_bytes({"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".index.json"))
+
+
+def _place(path: Path, destination: Path, copy: bool) -> None:
+    """Hard link, else symbolic link, else copy; a copy at once if asked for."""
+    real = path.resolve()
+    steps: list[Callable[[Path, Path], object]] = [os.link, os.symlink, shutil.copyfile]
+    for step in steps[2:] if copy else steps:
+        try:
+            step(real, destination)
+            return
+        except OSError:
+            if step is shutil.copyfile:
+                raise
+
+
+# ---- what is there already ----
+
+
+def _what_is_needed(plan: _Plan, target: Path, previous: dict, copy: bool) -> tuple[list[str], list[str]]:
+    """Names to be written, and names that someone has changed since."""
+    recorded = previous.get("files", {})
+    needed, kept = [], []
+    for name, path in plan.links.items():
+        if not _is_placed(path, target / name, copy):
+            needed.append(name)
+    for piece in plan.pieces:
+        if not _is_converted(piece, target / piece.name, recorded):
+            needed.append(piece.name)
+    for name, content in plan.texts.items():
+        present = _digest((target / name).read_bytes()) if (target / name).is_file() else None
+        if present is not None and present not in (recorded.get(name), _digest(content)):
+            kept.append(name)
+        elif present != _digest(content):
+            needed.append(name)
+    return needed, kept
+
+
+def _is_placed(path: Path, placed: Path, copy: bool) -> bool:
+    if not placed.is_file() or placed.stat().st_size != path.stat().st_size:
+        return False
+    return not (copy and placed.samefile(path))
+
+
+def _is_converted(piece: Piece, path: Path, recorded: dict) -> bool:
+    if not path.is_file() or path.stat().st_size != recorded.get(piece.name):
+        return False
+    try:
+        return set(read_headers([path])) == set(piece.tensors)
+    except ValueError:
+        return False
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# ---- writing ----
+
+
+def check_space(plan: _Plan, needed: list[str], findings: Findings, target: Path, copy: bool) -> None:
+    """Raise `OSError` before anything is written if the disk can't hold the weights."""
+    tensors = [name for piece in plan.pieces if piece.name in needed for name in piece.tensors]
+    num_bytes = sum(findings.headers[name].num_bytes for name in tensors)
+    if copy:
+        num_bytes += sum(path.stat().st_size for name, path in plan.links.items() if name in needed)
+    folder = next(folder for folder in target.parents if folder.is_dir())
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise OSError(
+            f"{target} needs {num_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; "
+            "make room or name another directory to adopt into"
+        )
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A new directory beside `target`, on the same disk; gone afterwards whatever happens."""
+    staging = target.with_name(f"{target.name}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        staging.mkdir()
+    except FileExistsError:
+        raise FileExistsError(
+            f"{staging} is there already: another run is at work, or one was killed and it can be deleted"
+        ) from None
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _fill(plan: _Plan, needed: list[str], staging: Path, copy: bool) -> None:
+    for name, path in plan.links.items():
+        if name in needed:
+            _place(path, staging / name, copy)
+    if pieces := [piece for piece in plan.pieces if piece.name in needed]:
+        convert(pieces, staging)
+    for name, content in plan.texts.items():
+        if name in needed:
+            (staging / name).write_bytes(content)
+
+
+def _record(plan: _Plan, target: Path, staging: Path, previous: dict, kept: list[str]) -> dict:
+    """Digests of the small files, and bytes of the weights; what somebody changed keeps its old entry."""
+    record: dict[str, str | int] = {name: _digest(content) for name, content in plan.texts.items()}
+    record |= {name: path.stat().st_size for name, path in plan.links.items()}
+    for piece in plan.pieces:
+        written = staging / piece.name
+        record[piece.name] = (written if written.exists() else target / piece.name).stat().st_size
+    return record | {name: previous["files"][name] for name in kept if name in previous["files"]}
+
+
+def _put_in_place(staging: Path, target: Path, removed: list[str]) -> None:
+    """One step for a new target; for an old one file by file, the configuration and the record last."""
+    if not (target / MARKER).exists():
+        if target.is_dir():
+            target.rmdir()  # it is empty
+        staging.rename(target)
+        return
+    last = [name for name in ("config.json", MARKER) if (staging / name).exists()]
+    names = {path.name for path in staging.iterdir()}.difference(last)
+    for name in [*names, *last]:
+        os.replace(staging / name, target / name)
+    for name in removed:
+        (target / name).unlink()

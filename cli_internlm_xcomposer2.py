@@ -1,0 +1,225 @@
+"""The command `ixc2`: adopt a published checkpoint, or say what it is."""
+
+import argparse
+import json
+import re
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from .adopt_internlm_xcomposer2 import MAX_SHARD_SIZE, Adoption, adopt
+from .configuration_internlm_xcomposer2 import TEXT_SIZES
+from .fetch_internlm_xcomposer2 import HUBS, fetch, fetch_description
+from .inspect_internlm_xcomposer2 import (
+    FORMULAS,
+    Findings,
+    count_parameters,
+    examine,
+    picture_costs,
+    weight_memory,
+)
+
+PICTURE = "3840x2160"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; the exit status is 0, or 1 after an error, which is printed as one line."""
+    options = _parser().parse_args(arguments)
+    # An exception instead of a sudden death, so that what is half-written is removed.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        options.run(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"ixc2: {error}", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ixc2", description="InternLM-XComposer2 checkpoints")
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser(
+        "adopt",
+        help="make a published checkpoint into a directory that transformers 5 loads",
+        description="Write a directory that any user of transformers 5 can load. The source is never "
+        "changed. Running it again checks the directory and completes it.",
+    )
+    _add_source(command)
+    command.add_argument("target", metavar="DST", nargs="?", help="default: ./NAME-ixc2")
+    command.add_argument("--convert", action="store_true", help="write .bin weights as safetensors")
+    command.add_argument(
+        "--copy",
+        action="store_true",
+        help="copy the weights, not link them; writing into a linked file changes it in both places",
+    )
+    command.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model, where SRC has none")
+    command.add_argument(
+        "--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of a converted file; default: 5GB"
+    )
+    command.set_defaults(run=_adopt)
+    command = commands.add_parser("inspect", help="say what a checkpoint is, by the headers of its weights")
+    _add_source(command)
+    command.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    command.add_argument(
+        "--picture", type=_size, default=PICTURE, metavar="WxH", help=f"in pixels; default: {PICTURE}"
+    )
+    command.set_defaults(run=_inspect)
+    return parser
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="SRC", help="a checkpoint's directory or hub id (owner/name)")
+    command.add_argument("--from", dest="hub", choices=HUBS, default=HUBS[0], help="the hub of an id")
+    command.add_argument("--revision", help="branch, tag or commit on the hub")
+    command.add_argument("--subfolder", default="", help="where in SRC the checkpoint lies")
+    command.add_argument("--num-attention-heads", type=int, metavar="N", help="where config.json doesn't say")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """`WIDTHxHEIGHT` -> (height, width)."""
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found or "0" in found.groups():
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as {PICTURE}")
+    return int(found[2]), int(found[1])
+
+
+# ---- adopt ----
+
+
+def default_target(source: str, subfolder: str) -> Path:
+    """`NAME-ixc2` in the working directory, where NAME is the last part of the source's path or id."""
+    return Path.cwd() / "-".join([Path(source).resolve().name, *Path(subfolder).parts, "ixc2"])
+
+
+def _adopt(options: argparse.Namespace) -> None:
+    source = fetch(options.source, options.hub, options.revision, options.subfolder)
+    adoption = adopt(
+        source,
+        options.target or default_target(options.source, options.subfolder),
+        convert_bin=options.convert,
+        copy=options.copy,
+        tokenizer=options.tokenizer,
+        max_shard_size=options.max_shard_size,
+        num_attention_heads=options.num_attention_heads,
+    )
+    print("\n".join(describe(adoption.findings)))
+    for note in adoption.notes:
+        print(f"note: {note}")
+    _print_what_was_done(adoption)
+
+
+def _print_what_was_done(adoption: Adoption) -> None:
+    target = adoption.target
+    if adoption.written or adoption.removed:
+        print(f"wrote {len(adoption.written)} files into {target}")
+    else:
+        print(f"{target} was adopted before, and everything is in place")
+    for name in adoption.removed:
+        print(f"removed {name}, which is no longer needed")
+    for name in adoption.kept:
+        print(f"kept {name}, which was changed after it was written; delete it to get it anew")
+    print(f"load it: AutoModel.from_pretrained({str(target)!r}, trust_remote_code=True)")
+
+
+# ---- inspect ----
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    source, headers = fetch_description(options.source, options.hub, options.revision, options.subfolder)
+    findings = examine(source, options.num_attention_heads, headers)
+    if options.json:
+        print(json.dumps(report(findings, options.picture), indent=2, ensure_ascii=False))
+        return
+    lines = [*describe(findings), *(f"note: {note}" for note in findings.notes)]
+    for what, names in (("missing", findings.missing), ("unknown", findings.unknown)):
+        lines += [f"{len(names)} tensors {what}: {', '.join(names)}"] if names else []
+    print("\n".join([*lines, "", *_tables(findings, options.picture)]))
+
+
+def describe(findings: Findings) -> list[str]:
+    """What a checkpoint is, in plain words."""
+    config, text = findings.config, findings.config.text_config
+    kind = "tiles" if config.is_tiled else "one square"
+    num_bytes = sum(header.num_bytes for header in findings.headers.values())
+    adapters = ", ".join(f"{name} {rank}" for name, rank in text.task_adapters.items())
+    heads = f"{text.num_attention_heads} heads, {text.num_key_value_heads} key-value heads"
+    lines = [
+        f"{findings.source}: InternLM-XComposer version {config.version}",
+        f"pictures: {kind} of {config.img_size} px, tower of {config.vision_config.num_hidden_layers} layers "
+        f"{config.vision_config.hidden_size} wide",
+        f"decoder: {text.num_hidden_layers} layers {text.hidden_size} wide, {heads}, "
+        f"vocabulary {text.vocab_size}",
+        f"PLoRA: rank {text.plora_rank}, alpha {text.plora_alpha}; "
+        f"on wqkv rank {text.plora_wqkv_rank}, alpha {text.plora_wqkv_alpha}",
+        f"task adapters: {adapters or 'none'}",
+        f"weights: {len(findings.paths)} {findings.paths[0].suffix} file(s), {_readable(num_bytes)}, "
+        f"{str(findings.dtype).removeprefix('torch.')}",
+    ]
+    if config.video_memory_size:
+        lines.append(f"video memory projector: {config.video_memory_size} wide (OmniLive)")
+    if "score.weight" in findings.headers:
+        lines.append("score head: this is a reward model")
+    if packing := findings.packing:
+        lines.append(
+            f"quantised: {packing.num_linears} linears in {packing.bits} bits by {packing.method.upper()}, "
+            f"groups of {packing.group_size}"
+        )
+    return lines
+
+
+def _readable(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def _tables(findings: Findings, size: tuple[int, int]) -> list[str]:
+    counts = count_parameters(findings)
+    lines = [f"{part:24}{count:>16,} parameters" for part, count in counts.items()]
+    lines += [f"{'total':24}{sum(counts.values()):>16,} parameters", ""]
+    for name, num_bytes in weight_memory(findings).items():
+        lines.append(f"weights, {name:15}{_readable(num_bytes):>16}")
+    lines += ["", f"a picture of {size[1]}x{size[0]} in 2-byte values:"]
+    lines.append(f"{'hd_num':>8}{'grid':>8}{'tokens':>9}{'cache':>12}{'activations':>14}")
+    for cost in picture_costs(findings.config, size):
+        grid = f"{cost.grid[0]}x{cost.grid[1]}"
+        numbers = f"{_readable(cost.cache_bytes):>12}{_readable(cost.activation_bytes):>14}"
+        lines.append(f"{cost.hd_num or '-':>8}{grid:>8}{cost.tokens:>9}{numbers}")
+    return [*lines, "", *(f"{name}: {formula}" for name, formula in FORMULAS.items())]
+
+
+def report(findings: Findings, size: tuple[int, int]) -> dict:
+    """Everything that `inspect` says, for machines; bytes and pixels as integers."""
+    config, text = findings.config, findings.config.text_config
+    counts = count_parameters(findings)
+    return {
+        "source": str(findings.source),
+        "version": config.version,
+        "format": findings.paths[0].suffix.removeprefix("."),
+        "files": [path.name for path in findings.paths],
+        "dtype": str(findings.dtype).removeprefix("torch."),
+        "sizes": {
+            "tile_size": config.img_size,
+            "vision_layers": config.vision_config.num_hidden_layers,
+            "vision_width": config.vision_config.hidden_size,
+            "projector_input_size": config.projector_input_size,
+            "video_memory_size": config.video_memory_size,
+            **{name: getattr(text, name) for name in (*TEXT_SIZES, "plora_alpha", "plora_wqkv_alpha")},
+        },
+        "task_adapters": text.task_adapters,
+        "quantisation": asdict(findings.packing) if findings.packing else None,
+        "has_score_head": "score.weight" in findings.headers,
+        "parameters": {**counts, "total": sum(counts.values())},
+        "weight_bytes": weight_memory(findings),
+        "picture": {"height": size[0], "width": size[1]},
+        "pictures": [asdict(cost) for cost in picture_costs(config, size)],
+        "formulas": FORMULAS,
+        "notes": list(findings.notes),
+        "missing": list(findings.missing),
+        "unknown": list(findings.unknown),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""What a checkpoint is, by the headers of its weights: version, sizes, parameters, memory."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .build_mlp import MAX_TILES_PER_BATCH
+from .checkpoint_internlm_xcomposer2 import (
+    INDEX_FILES,
+    WEIGHT_FILES,
+    TensorHeader,
+    adopt_command,
+    asking_for_heads,
+    read_headers,
+    read_weight_map,
+    shards_without_index,
+    weight_paths,
+)
+from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+from .ixc_utils import num_image_tokens, num_square_tokens, plan_tiles
+from .modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
+from .visual_internlm_xcomposer2 import LAYOUTS
+from .weight_shapes_internlm_xcomposer2 import plain_name
+
+# Beginnings of tensor names, and what they belong to; the first that fits counts.
+_PARTS = {
+    "vit.": "vision tower",
+    "vision_proj.": "projector",
+    "plora_": "newline vectors",
+    "video_mem_proj.": "video memory projector",
+    "model.tok_embeddings.": "token embeddings",
+    "model.": "decoder",
+    "output.": "output head",
+    "score.": "reward head",
+}
+_BUFFERS = re.compile("|".join(InternLMXComposer2ForCausalLM._keys_to_ignore_on_load_unexpected))
+_OPTIONAL = re.compile("|".join(InternLMXComposer2ForCausalLM._keys_to_ignore_on_load_missing))
+_PACKED = re.compile(r"\.(qweight|qzeros|scales|g_idx)$")
+_BUDGETS = (1, 6, 12, 24, 36, 55)
+
+NF4_BYTES = 0.5 + 4 / 64  # per weight: four bits, and a float32 scale for each block of 64
+
+FORMULAS = {
+    "key-value cache": "2 x layers x key_value_heads x head_dim x tokens x bytes",
+    "activations": (
+        "the larger of decoder: tokens x 4 x (hidden + intermediate) x bytes, and tower: "
+        f"min(tiles, {MAX_TILES_PER_BATCH}) x patches x 4 x (width + mlp) x bytes; "
+        "an estimate, with attention that keeps no score matrix"
+    ),
+    "int8": "1 byte for each plain weight of the decoder's linears, 2 for everything else",
+    "nf4": "0.5 + 4/64 bytes for each plain weight of the decoder's linears, 2 for everything else",
+}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the decoder's linears are quantised."""
+
+    method: str  # "gptq" or "awq"
+    bits: int
+    group_size: int
+    num_linears: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `examine` found out about a checkpoint."""
+
+    source: Path
+    fields: dict  # config.json as it stands
+    config: InternLMXcomposer2Config
+    headers: dict[str, TensorHeader]
+    paths: tuple[Path, ...]  # of the weights
+    has_index: bool  # of its shards; or it has no shards
+    packing: Packing | None
+    notes: tuple[str, ...]  # what is missing or assumed, in plain words
+    missing: tuple[str, ...]  # tensors that the model needs and the files lack
+    unknown: tuple[str, ...]  # tensors that the model doesn't know
+
+    @property
+    def is_bin(self) -> bool:
+        """Whether the weights are `.bin` files."""
+        return self.paths[0].suffix == ".bin"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether an index says, or must say, which file holds what."""
+        return self.paths[0].name not in WEIGHT_FILES
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the embeddings, which stands for the checkpoint's."""
+        return self.headers["model.tok_embeddings.weight"].dtype
+
+
+def examine(
+    source: str | os.PathLike,
+    num_attention_heads: int | None = None,
+    headers: dict[str, TensorHeader] | None = None,
+) -> Findings:
+    """Read `config.json` and the headers of the weights in a directory.
+
+    Args:
+        headers: of weights that lie elsewhere.
+        num_attention_heads: of the decoder, instead of what `config.json` says; the weights don't tell.
+
+    Raises:
+        FileNotFoundError: no directory, no weights, or not all shards.
+        ValueError: a file is damaged, or this is no checkpoint of the family.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is no directory")
+    notes: list[str] = []
+    if headers is None:
+        paths, has_index = _weights_of(source, notes)
+        headers = read_headers(paths)
+    else:
+        paths, has_index = sorted({header.file for header in headers.values()}), True
+    if has_index and paths[0].name not in WEIGHT_FILES:
+        _check_index(source, headers)
+    fields = _fields_of(source, notes)
+    if num_attention_heads is not None:
+        fields["num_attention_heads"] = num_attention_heads
+    config = _completed(fields, headers, source)
+    if "num_attention_heads" not in {**fields, **(fields.get("text_config") or {})}:
+        heads = f"{config.num_attention_heads} attention heads of width {config.text_config.head_dim}"
+        notes.append(f"config.json names no num_attention_heads: assumed {heads}")
+    packing = find_packing(headers)
+    missing, unknown = compare_with_model(config, headers, packing)
+    return Findings(
+        source, fields, config, headers, tuple(paths), has_index, packing, tuple(notes), missing, unknown
+    )
+
+
+def _weights_of(source: Path, notes: list[str]) -> tuple[list[Path], bool]:
+    try:
+        return weight_paths(source), True
+    except FileNotFoundError:
+        shards = shards_without_index(source)
+        if not shards or any(source.glob("*.index.json")):
+            raise
+        notes.append("no index of the shards")
+        return shards, False
+
+
+def _check_index(source: Path, headers: dict[str, TensorHeader]) -> None:
+    """Every tensor that the index names must lie in the shards."""
+    is_bin = next(iter(headers.values())).file.suffix == ".bin"
+    index = source / INDEX_FILES[is_bin]
+    if lost := sorted(set(read_weight_map(index)) - set(headers)):
+        raise ValueError(f"{index} names {len(lost)} tensors that lie in no shard: {', '.join(lost[:5])}")
+
+
+def _fields_of(source: Path, notes: list[str]) -> dict:
+    """`config.json` as a dictionary, empty where there is none."""
+    path = source / "config.json"
+    if not path.is_file():
+        notes.append("no config.json: every size is what the weights say")
+        return {}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        remedy = f"mend or remove it, then run: {adopt_command(source)}"
+        raise ValueError(f"{path} is no JSON: {error}; {remedy}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a {type(fields).__name__} and not fields by name")
+    return fields
+
+
+def _completed(fields: dict, headers: dict[str, TensorHeader], source: Path) -> InternLMXcomposer2Config:
+    fields = {name: value for name, value in fields.items() if name != "model_type"}
+    shapes = {name: header.shape for name, header in headers.items()}
+    with asking_for_heads(source):
+        return InternLMXcomposer2Config.from_dict(fields).complete_from_shapes(shapes)
+
+
+def find_packing(headers: dict[str, TensorHeader]) -> Packing | None:
+    """How linears are packed, told from the shapes: GPTQ packs inputs into a word, AWQ outputs."""
+    names = [name for name in headers if name.endswith(".qweight")]
+    if not names:
+        return None
+    prefix = names[0].removesuffix("linear.qweight").removesuffix("qweight")
+    stem = names[0].removesuffix("qweight")
+    num_inputs = headers[f"{prefix}Plora_A.weight"].shape[1]
+    num_outputs = headers[f"{prefix}Plora_B.weight"].shape[0]
+    packed = headers[names[0]]
+    method = "gptq" if packed.shape[1] == num_outputs else "awq"
+    bits = 8 * packed.num_bytes // (num_inputs * num_outputs)
+    groups = headers[f"{stem}scales"].shape[0] if f"{stem}scales" in headers else 1
+    return Packing(method, bits, num_inputs // groups, len(names))
+
+
+def compare_with_model(
+    config: InternLMXcomposer2Config, headers: dict[str, TensorHeader], packing: Packing | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Tensors that the files lack, and those that the model doesn't know; a wrong shape makes both."""
+    with torch.device("meta"):
+        model = InternLMXComposer2ForCausalLM(config)
+    expected = {(plain_name(name), tuple(value.shape)) for name, value in model.state_dict().items()}
+    found = {(plain_name(name), header.shape) for name, header in headers.items() if not _PACKED.search(name)}
+    if packing:
+        packed = {plain_name(name).removesuffix("qweight") for name in headers if name.endswith(".qweight")}
+        expected = {pair for pair in expected if pair[0].removesuffix("weight") not in packed}
+    missing = {_named(pair) for pair in expected - found if not _OPTIONAL.search(pair[0])}
+    unknown = {_named(pair) for pair in found - expected if not _BUFFERS.search(pair[0])}
+    return tuple(sorted(missing)), tuple(sorted(unknown))
+
+
+def _named(pair: tuple[str, tuple[int, ...]]) -> str:
+    name, shape = pair
+    return f"{name} ({', '.join(map(str, shape))})"
+
+
+# ---- parameters and memory ----
+
+
+def part_of(name: str) -> str:
+    """What a tensor belongs to."""
+    if ".Plora_" in name:
+        return "PLoRA"
+    if adapter := re.search(r"\.lora_(\w+)_[AB]\.", name):
+        return f"task adapter {adapter[1]}"
+    return next((part for prefix, part in _PARTS.items() if name.startswith(prefix)), "other")
+
+
+def count_parameters(findings: Findings) -> dict[str, int]:
+    """Parameters of each part; packed weights count as what they unpack to, buffers and scales not at all."""
+    counts: dict[str, int] = {}
+    for name, header in findings.headers.items():
+        if _BUFFERS.search(name) or re.search(r"\.(qzeros|scales|g_idx)$", name):
+            continue
+        count = header.num_elements
+        if name.endswith(".qweight"):
+            count = 8 * header.num_bytes // findings.packing.bits
+        counts[part_of(name)] = counts.get(part_of(name), 0) + count
+    return counts
+
+
+def weight_memory(findings: Findings) -> dict[str, int]:
+    """Bytes that the weights take in memory, by type; `stored` is what they take as they lie on disk."""
+    total = sum(count_parameters(findings).values())
+    linears = sum(
+        header.num_elements if name.endswith("weight") and header.dtype.is_floating_point else 0
+        for name, header in findings.headers.items()
+        if re.search(r"\.(wqkv|wo|w1|w2|w3)(\.linear)?\.weight$", name)
+    )
+    memory = {"float32": 4 * total, "bfloat16": 2 * total, "float16": 2 * total}
+    if linears:
+        memory |= {"int8": 2 * total - linears, "nf4": int(2 * total - (2 - NF4_BYTES) * linears)}
+    return {"stored": sum(header.num_bytes for header in findings.headers.values()), **memory}
+
+
+@dataclass(frozen=True)
+class PictureCost:
+    """What one picture comes to."""
+
+    hd_num: int | None  # None where pictures are one square
+    grid: tuple[int, int]  # rows and columns of local tiles
+    tokens: int
+    cache_bytes: int
+    activation_bytes: int
+
+
+def picture_costs(
+    config: InternLMXcomposer2Config, size: tuple[int, int], num_bytes: int = 2
+) -> list[PictureCost]:
+    """Tokens and memory of one picture of (height, width) pixels at each usual `hd_num`.
+
+    Args:
+        num_bytes: of one value, 2 for bfloat16 and float16.
+    """
+    if not config.is_tiled:
+        return [_cost(config, None, (1, 1), num_square_tokens(config.tile_tokens_per_side), num_bytes)]
+    costs = []
+    for hd_num in sorted({*_BUDGETS, config.hd_num}):
+        layout = LAYOUTS[config.version]
+        grid = plan_tiles(*size, tile_size=config.img_size, hd_num=hd_num, layout=layout).grid
+        tokens = num_image_tokens(*grid, config.tile_tokens_per_side)
+        costs.append(_cost(config, hd_num, grid, tokens, num_bytes))
+    return costs
+
+
+def _cost(
+    config: InternLMXcomposer2Config, hd_num: int | None, grid: tuple[int, int], tokens: int, num_bytes: int
+) -> PictureCost:
+    text, vision = config.text_config, config.vision_config
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * tokens * num_bytes
+    decoder = tokens * 4 * (text.hidden_size + text.intermediate_size) * num_bytes
+    tiles = min(grid[0] * grid[1] + config.is_tiled, MAX_TILES_PER_BATCH)
+    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    tower = tiles * patches * 4 * (vision.hidden_size + vision.intermediate_size) * num_bytes
+    return PictureCost(hd_num, grid, tokens, cache, max(decoder, tower))
