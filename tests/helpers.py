@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -186,3 +187,70 @@ def prompt_with_pictures(model, grids: list[tuple[int, int]], seed: int = 0) -> 
         ids += rng.randint(7, 600, size=3).tolist()
         ids += [model.config.image_token_id] * model.num_image_tokens(*grid)
     return ids + rng.randint(7, 600, size=5).tolist()
+
+
+def logits_of(model, seed=0):
+    """Logits of a prompt with one picture."""
+    pixel_values, grids = random_pictures(model, [(1, 1)], seed)
+    ids = [1, *[model.config.image_token_id] * model.num_image_tokens(1, 1), 60, 70, 80]
+    with torch.no_grad():
+        outputs = model(input_ids=torch.tensor([ids]), pixel_values=pixel_values, image_grid_hw=grids)
+    return outputs.logits[:, -4:].float()
+
+
+def write_published(directory, state_dict, fields, *, shards=1, kind="safetensors"):
+    """Weights as safetensors or .bin, whole or sharded, with a published config.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(fields))
+    suffix = {"safetensors": ("model", "safetensors"), "bin": ("pytorch_model", "bin")}[kind]
+    names = sorted(state_dict)
+    weight_map = {}
+    for i in range(shards):
+        part = {name: state_dict[name] for name in names[i::shards]}
+        file = f"{suffix[0]}.{suffix[1]}"
+        if shards > 1:
+            file = f"{suffix[0]}-{i + 1:05}-of-{shards:05}.{suffix[1]}"
+        if kind == "bin":
+            torch.save(part, directory / file)
+        else:
+            save_file(part, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (directory / f"{suffix[0]}.{suffix[1]}.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def published_weights(model):
+    """A model's weights under the published names."""
+    return {name.replace(".linear.", "."): value.clone() for name, value in model.state_dict().items()}
+
+
+def flat_config(model):
+    """What a published file would say of a tiny model."""
+    config = model.config
+    fields = {name: getattr(config, name) for name in family_config("2")["config"] if hasattr(config, name)}
+    if config.version != "2":
+        del fields["img_size"]
+    fields |= {"rope_theta": 1_000_000, "architectures": ["InternLMXComposer2ForCausalLM"]}
+    fields |= {"model_type": "internlm", "attn_implementation": "flash_attention_2", "rope_scaling": None}
+    fields |= {"vision_config": config.vision_config.to_dict(), "image_token_id": 4, "end_token_id": 5}
+    fields["_name_or_path"] = "internlm/internlm-xcomposer2-4khd-7b" if config.version == "2-4khd" else ""
+    return fields
+
+
+def published_source(directory: Path, version="2.5", *, changes=None, weights=None, tokenizer=True, **kwargs):
+    """A tiny checkpoint in the published layout, with the small vocabulary -> its model."""
+    model = tiny_model(version)
+    fields = {**flat_config(model), **(changes or {})}
+    fields = {name: value for name, value in fields.items() if value is not ...}
+    write_published(directory, published_weights(model) if weights is None else weights, fields, **kwargs)
+    if tokenizer:
+        shutil.copy(ROOT / "tokenizer.model", directory)
+    return model
+
+
+def content_of(directory: Path) -> dict[str, str]:
+    """Every file below a directory and the digest of what it holds."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -11,70 +11,23 @@ from helpers import (
     FAMILIES,
     ROOT,
     family_config,
+    flat_config,
+    logits_of,
     published_config,
-    random_pictures,
+    published_weights,
     recipe_state_dict,
     tiny_config,
     tiny_model,
     write_checkpoint,
+    write_published,
 )
 from internlm_xcomposer2 import (
     InternLMXcomposer2Config,
     InternLMXComposer2ForCausalLM,
     InternLMXComposer2Tokenizer,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-
-def logits_of(model, seed=0):
-    """Logits of a prompt with one picture."""
-    pixel_values, grids = random_pictures(model, [(1, 1)], seed)
-    ids = [1, *[model.config.image_token_id] * model.num_image_tokens(1, 1), 60, 70, 80]
-    with torch.no_grad():
-        outputs = model(input_ids=torch.tensor([ids]), pixel_values=pixel_values, image_grid_hw=grids)
-    return outputs.logits[:, -4:].float()
-
-
-def write_published(directory, state_dict, fields, *, shards=1, kind="safetensors"):
-    """Weights as safetensors or .bin, whole or sharded, with a published config.json."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(fields))
-    suffix = {"safetensors": ("model", "safetensors"), "bin": ("pytorch_model", "bin")}[kind]
-    names = sorted(state_dict)
-    weight_map = {}
-    for i in range(shards):
-        part = {name: state_dict[name] for name in names[i::shards]}
-        file = f"{suffix[0]}.{suffix[1]}"
-        if shards > 1:
-            file = f"{suffix[0]}-{i + 1:05}-of-{shards:05}.{suffix[1]}"
-        if kind == "bin":
-            torch.save(part, directory / file)
-        else:
-            save_file(part, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    if shards > 1:
-        index = {"metadata": {}, "weight_map": weight_map}
-        (directory / f"{suffix[0]}.{suffix[1]}.index.json").write_text(json.dumps(index))
-    return directory
-
-
-def published_weights(model):
-    """A model's weights under the published names."""
-    return {name.replace(".linear.", "."): value.clone() for name, value in model.state_dict().items()}
-
-
-def flat_config(model):
-    """What a published file would say of a tiny model."""
-    config = model.config
-    fields = {name: getattr(config, name) for name in family_config("2")["config"] if hasattr(config, name)}
-    if config.version != "2":
-        del fields["img_size"]
-    fields |= {"rope_theta": 1_000_000, "architectures": ["InternLMXComposer2ForCausalLM"]}
-    fields |= {"model_type": "internlm", "attn_implementation": "flash_attention_2", "rope_scaling": None}
-    fields |= {"vision_config": config.vision_config.to_dict(), "image_token_id": 4, "end_token_id": 5}
-    fields["_name_or_path"] = "internlm/internlm-xcomposer2-4khd-7b" if config.version == "2-4khd" else ""
-    return fields
 
 
 @pytest.mark.parametrize("version", ["2", "2-4khd", "2.5"])
