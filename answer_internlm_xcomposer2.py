@@ -34,10 +34,7 @@ from .prompt_internlm_xcomposer2 import (
     place_images,
 )
 from .streaming_internlm_xcomposer2 import AnswerStreamer, EndMarkFilter
-from .visual_internlm_xcomposer2 import Visual, as_visuals, prepare_visuals
-
-# With several pictures in one 2.5 prompt the published code allows each only so many tiles.
-MAX_TILES_OF_SEVERAL = 6
+from .visual_internlm_xcomposer2 import Visual, as_visuals, default_hd_num, prepare_visuals
 
 
 @dataclass(frozen=True)
@@ -120,9 +117,7 @@ class AnswerMixin:
 
     def default_hd_num(self, num_visuals: int) -> int:
         """The budget of tiles where the caller names none."""
-        if self.config.version == "2.5" and num_visuals > 1:
-            return min(MAX_TILES_OF_SEVERAL, self.config.hd_num)
-        return self.config.hd_num
+        return default_hd_num(self.config, num_visuals)
 
     def _encode_texts(
         self, tokenizer, texts: list[str], visuals: list[Visual], lengths: list[int], hd_num: int

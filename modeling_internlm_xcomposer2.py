@@ -31,7 +31,7 @@ from .embedding_methods_internlm_xcomposer2 import image_extensions as image_ext
 from .embedding_methods_internlm_xcomposer2 import set_random_seed as set_random_seed
 from .embedding_methods_internlm_xcomposer2 import video_extensions as video_extensions
 from .image_processing_internlm_xcomposer2 import VisProcessor
-from .ixc_utils import get_font, num_image_tokens, num_square_tokens
+from .ixc_utils import get_font
 from .modeling_internlm2 import (
     InternLM2Model,
     InternLM2PreTrainedModel,
@@ -46,7 +46,7 @@ from .prefix_internlm_xcomposer2 import (
     prefills_once,
     start_generation,
 )
-from .visual_internlm_xcomposer2 import check_grids
+from .visual_internlm_xcomposer2 import check_grids, num_tokens_of_grid
 from .writing_internlm_xcomposer2 import WritingMixin
 
 # Published names of the decoder's linears -> ours, whose plain linear is a child; and back at saving.
@@ -203,8 +203,7 @@ class InternLMXComposer2ForCausalLM(
 
     def num_image_tokens(self, rows: int, cols: int) -> int:
         """Tokens of one picture whose local tiles form `rows` x `cols` (1 x 1 for a square)."""
-        side = self.config.tile_tokens_per_side
-        return num_image_tokens(rows, cols, side) if self.config.is_tiled else num_square_tokens(side)
+        return num_tokens_of_grid(self.config, rows, cols)
 
     def get_image_features(
         self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs

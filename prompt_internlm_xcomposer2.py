@@ -67,7 +67,13 @@ def place_images(prompt: str, num_images: int, *, version: str) -> list[str]:
 
 
 def encode_prompt(
-    tokenizer, texts: Sequence[str], image_lengths: Sequence[int], *, version: str, image_token_id: int
+    tokenizer,
+    texts: Sequence[str],
+    image_lengths: Sequence[int],
+    *,
+    version: str,
+    image_token_id: int,
+    add_bos: bool = True,
 ) -> PromptIds:
     """Token ids of texts with pictures between them.
 
@@ -76,13 +82,14 @@ def encode_prompt(
     Args:
         texts: one more than there are pictures.
         image_lengths: how many tokens each picture takes.
+        add_bos: False leaves every BOS out.
     """
     ids: list[int] = []
     is_image: list[bool] = []
     for position, text in enumerate(texts):
         if text or position == 0:
             with_bos = position == 0 if version == "2.5" else bool(text)
-            piece = tokenizer(text, add_special_tokens=with_bos)["input_ids"]
+            piece = tokenizer(text, add_special_tokens=with_bos and add_bos)["input_ids"]
             ids += piece
             is_image += [False] * len(piece)
         if position < len(image_lengths):

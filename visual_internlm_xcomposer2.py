@@ -15,11 +15,22 @@ from .image_processing_internlm_xcomposer2 import (
     preprocess_video,
     split_tiles,
 )
-from .ixc_utils import Font, plan_composite, plan_tiles, plan_video
+from .ixc_utils import (
+    Font,
+    Size,
+    num_image_tokens,
+    num_square_tokens,
+    plan_composite,
+    plan_tiles,
+    plan_video,
+)
 from .media_internlm_xcomposer2 import is_video, load_image, load_video
 
 # How each version cuts its pictures: names of `ixc_utils.TILE_RULES`, or the one square.
 LAYOUTS = {"2": "square", "2-4khd": "always", "2.5": "bottom"}
+
+# With several pictures in one 2.5 prompt the published code allows each only so many tiles.
+MAX_TILES_OF_SEVERAL = 6
 
 
 @dataclass(frozen=True)
@@ -32,19 +43,12 @@ class Visual:
 
     def grid(self, config, hd_num: int) -> tuple[int, int]:
         """(rows, cols) of local tiles, from sizes alone."""
-        side = config.img_size
         if self.pixels is not None:
             height, width = self.pixels.shape[-2:]
-            return height // side, width // side
-        if not config.is_tiled:
-            return 1, 1
+            return height // config.img_size, width // config.img_size
         if self.frames:
-            plan = plan_composite([(frame.height, frame.width) for frame in self.frames], tile_size=side)
-            return plan_video(*plan.size, tile_size=side).grid
-        layout = LAYOUTS[config.version]
-        return plan_tiles(
-            self.image.height, self.image.width, tile_size=side, hd_num=hd_num, layout=layout
-        ).grid
+            return grid_of_frames(config, [(frame.height, frame.width) for frame in self.frames])
+        return grid_of_image(config, self.image.height, self.image.width, hd_num)
 
     def identity(self, config, hd_num: int, font: Font | None) -> Hashable:
         """Equal for pictures that `prepare` makes the same of, and practically never for others."""
@@ -71,6 +75,33 @@ class Visual:
         return preprocess_image(self.image, layout=LAYOUTS[config.version], tile_size=side, hd_num=hd_num)
 
 
+def grid_of_image(config, height: int, width: int, hd_num: int) -> tuple[int, int]:
+    """(rows, cols) of local tiles that a picture of this size in pixels is cut into."""
+    if not config.is_tiled:
+        return 1, 1
+    layout = LAYOUTS[config.version]
+    return plan_tiles(height, width, tile_size=config.img_size, hd_num=hd_num, layout=layout).grid
+
+
+def grid_of_frames(config, sizes: list[Size]) -> tuple[int, int]:
+    """(rows, cols) of local tiles of a video whose frames have these (height, width)."""
+    composite = plan_composite(sizes, tile_size=config.img_size)
+    return plan_video(*composite.size, tile_size=config.img_size).grid
+
+
+def default_hd_num(config, num_visuals: int) -> int:
+    """How many tiles each picture of a prompt may be cut into where the caller names no number."""
+    if config.version == "2.5" and num_visuals > 1:
+        return min(MAX_TILES_OF_SEVERAL, config.hd_num)
+    return config.hd_num
+
+
+def num_tokens_of_grid(config, rows: int, cols: int) -> int:
+    """Tokens of one picture whose local tiles form `rows` x `cols` (1 x 1 for a square)."""
+    side = config.tile_tokens_per_side
+    return num_image_tokens(rows, cols, side) if config.is_tiled else num_square_tokens(side)
+
+
 def as_visuals(media, config) -> list[Visual]:
     """What a caller passed as `image`, loaded and checked.
 
@@ -91,12 +122,19 @@ def _as_visuals(item, config) -> list[Visual]:
     if isinstance(item, torch.Tensor) and item.ndim == 4:
         return [Visual(pixels=check_pixels(pixels, config)) for pixels in item]
     if isinstance(item, list | tuple) or is_video(item):
-        if config.version != "2.5":
-            raise ValueError(
-                f"version {config.version} reads no videos; pass its frames as pictures, or use 2.5"
-            )
-        return [Visual(frames=tuple(load_video(item)))]
+        return [video_visual(item, config)]
     return [Visual(image=load_image(item))]
+
+
+def video_visual(source, config, **sampling) -> Visual:
+    """A video by any source of `load_video`, sampled by its `fps` and `max_frames`.
+
+    Raises:
+        ValueError: the version reads no videos, and as `load_video`.
+    """
+    if config.version != "2.5":
+        raise ValueError(f"version {config.version} reads no videos; pass its frames as pictures, or use 2.5")
+    return Visual(frames=tuple(load_video(source, **sampling)))
 
 
 def check_pixels(pixels: Tensor, config) -> Tensor:
