@@ -4,20 +4,27 @@ Importing this package registers its classes, so that `AutoModel.from_pretrained
 published checkpoints with this code instead of the code that lies beside them.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from .auto_internlm_xcomposer2 import MODEL_CLASSES
 from .configuration_internlm_xcomposer2 import (
     PUBLISHED_MODEL_TYPES,
     InternLMXcomposer2Config,
     InternLMXcomposer2TextConfig,
 )
+from .image_processor_internlm_xcomposer2 import InternLMXComposer2ImageProcessor
 from .modeling_internlm2 import InternLM2Model
 from .modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
+from .processing_internlm_xcomposer2 import InternLMXComposer2Processor
 from .tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
 
 __all__ = [
     "InternLM2Model",
     "InternLMXComposer2ForCausalLM",
+    "InternLMXComposer2ImageProcessor",
+    "InternLMXComposer2Processor",
     "InternLMXComposer2Tokenizer",
     "InternLMXcomposer2Config",
     "InternLMXcomposer2TextConfig",
@@ -50,11 +57,18 @@ def _register() -> None:
         if model_type != config_class.model_type:
             config_class = type("_PublishedConfig", (_PublishedConfig,), {"model_type": model_type})
         AutoConfig.register(model_type, config_class, exist_ok=True)
-    for auto_class in (AutoModel, AutoModelForCausalLM):
+    for name in MODEL_CLASSES:
+        auto_class = getattr(transformers, name)
         auto_class.register(InternLMXcomposer2Config, InternLMXComposer2ForCausalLM, exist_ok=True)
     AutoTokenizer.register(
         InternLMXcomposer2Config, slow_tokenizer_class=InternLMXComposer2Tokenizer, exist_ok=True
     )
+    AutoImageProcessor.register(
+        InternLMXcomposer2Config,
+        image_processor_classes={"pil": InternLMXComposer2ImageProcessor},
+        exist_ok=True,
+    )
+    AutoProcessor.register(InternLMXcomposer2Config, InternLMXComposer2Processor, exist_ok=True)
 
 
 if __name__ == "internlm_xcomposer2":  # pytest imports the same file under the name of its directory

@@ -15,6 +15,8 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
+from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+
 # The indexes of sharded weights, in the order in which transformers prefers them.
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -65,6 +67,26 @@ class TensorHeader:
     def num_bytes(self) -> int:
         """Bytes of the tensor's values."""
         return self.num_elements * self.dtype.itemsize
+
+
+def checkpoint_config(source: str | os.PathLike, **hub_arguments) -> InternLMXcomposer2Config:
+    """The configuration of a checkpoint, sizes and version as its weights say where there are any.
+
+    Raises:
+        OSError: no `config.json` lies there.
+        ValueError: it describes another model.
+    """
+    config = InternLMXcomposer2Config.from_pretrained(source, **hub_arguments)
+    try:
+        shapes = checkpoint_shapes(source, **hub_arguments)
+    except FileNotFoundError:
+        return config
+    return config.complete_from_shapes(shapes)
+
+
+def has_file(source: str | os.PathLike, name: str, **hub_arguments) -> bool:
+    """Whether a checkpoint has a file of this name."""
+    return _find(source, name, hub_arguments) is not None
 
 
 def checkpoint_shapes(source: str | os.PathLike, **hub_arguments) -> dict[str, tuple[int, ...]]:

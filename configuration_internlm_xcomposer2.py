@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.utils import logging
 
+from .auto_internlm_xcomposer2 import announce_multimodal
 from .weight_shapes_internlm_xcomposer2 import WeightShapes
 
 logger = logging.get_logger(__name__)
@@ -378,6 +379,8 @@ _CALLER_ONLY = ("attn_implementation", "_attn_implementation", "_attn_implementa
 
 for _name in _TEXT_FIELDS:
     setattr(InternLMXcomposer2Config, _name, _forwarded(_name))
+
+announce_multimodal(InternLMXcomposer2Config.model_type)
 
 
 def _guess_version(img_size: int | None, fields: dict) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from shutil import copyfile
 
 import sentencepiece
+from tokenizers import Tokenizer, decoders, models
 from transformers import AddedToken, PreTrainedTokenizer
 
 BEGIN_OF_TURN = "[UNUSED_TOKEN_146]"
@@ -22,8 +23,7 @@ END_OF_TURN = "[UNUSED_TOKEN_145]"
 IMAGE_MARK = "<ImageHere>"
 SPECIAL_PIECES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
-CHAT_TEMPLATE = (
-    "{{- bos_token }}"
+TURNS_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '" + BEGIN_OF_TURN + "' + message['role'] + '\\n' }}"
     "{%- if message['content'] is string %}"
@@ -45,6 +45,7 @@ CHAT_TEMPLATE = (
     "{{- '" + BEGIN_OF_TURN + "assistant\\n' }}"
     "{%- endif %}"
 )
+CHAT_TEMPLATE = "{{- bos_token }}" + TURNS_TEMPLATE
 
 
 class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
@@ -82,6 +83,7 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
         self.sp_model = _load_model(self.vocab_file, sp_model_kwargs or {}, specials)
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
+        self._stream_decoder: Tokenizer | None = None
         super().__init__(
             unk_token=unk_token,
             bos_token=bos_token,
@@ -120,6 +122,16 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
     def get_added_vocab(self) -> dict[str, int]:
         """Special tokens and tokens added later with their ids, in the order of the ids."""
         return self.added_tokens_encoder
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        """The vocabulary for `tokenizers.decoders.DecodeStream`, by which `transformers serve` streams.
+
+        It decodes and nothing else. The end of a turn is special in it, so that no stream shows it.
+        """
+        if self._stream_decoder is None or self._stream_decoder.get_vocab_size() != len(self):
+            self._stream_decoder = _decoder(self.get_vocab(), [*self.all_special_tokens, END_OF_TURN])
+        return self._stream_decoder
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(text, out_type=str)
@@ -193,6 +205,16 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
         elif os.path.abspath(self.vocab_file) != os.path.abspath(target):
             copyfile(self.vocab_file, target)
         return (target,)
+
+
+def _decoder(vocabulary: dict[str, int], special: list[str]) -> Tokenizer:
+    """A tokenizer that only decodes, as sentencepiece does without a blank at the start."""
+    decoder = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_PIECES["unk_token"]))
+    decoder.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    decoder.add_special_tokens(special)
+    return decoder
 
 
 def _existing_file(vocab_file: str | os.PathLike | None, source: str | None) -> str:

@@ -1,0 +1,379 @@
+"""The processor: texts or messages with pictures and videos -> everything that `generate` needs."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
+
+from .auto_internlm_xcomposer2 import PROCESSOR_AUTO_MAP
+from .checkpoint_internlm_xcomposer2 import HUB_ARGUMENTS, checkpoint_config, has_file
+from .conversation_internlm_xcomposer2 import (
+    VIDEO_MARK,
+    Medium,
+    ProcessingOptions,
+    pair_media,
+    read_messages,
+    split_conversations,
+)
+from .image_processor_internlm_xcomposer2 import InternLMXComposer2ImageProcessor
+from .prompt_internlm_xcomposer2 import (
+    END_OF_TURN,
+    IMAGE_MARK,
+    META_INSTRUCTION,
+    encode_prompt,
+    format_turn,
+    place_images,
+)
+from .tokenization_internlm_xcomposer2 import TURNS_TEMPLATE
+from .visual_internlm_xcomposer2 import Visual, grid_of_frames, grid_of_image
+
+Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor
+
+
+def default_template(version: str) -> str:
+    """The turns that a version was trained on, with the published system text where `chat` has it.
+
+    `use_meta` switches that text on or off; a system message of the conversation takes its place.
+    """
+    wanted = "use_meta is defined and use_meta" if version == "2.5" else "use_meta is not defined or use_meta"
+    system = format_turn("system", META_INSTRUCTION).replace("\n", "\\n")
+    return (
+        "{{- bos_token }}"
+        "{%- if (" + wanted + ") and messages[0]['role'] != 'system' %}"
+        "{{- '" + system + "' }}"
+        "{%- endif %}" + TURNS_TEMPLATE
+    )
+
+
+class InternLMXComposer2Processor(ProcessorMixin):
+    """Image processor and tokenizer of one checkpoint, under the interface of today's processors.
+
+    `image_token` (`<ImageHere>`) marks a picture in a text; in the ids it is a run of `image_token_id`.
+
+    Args:
+        image_token_id: the vocabulary piece that stands for one image token.
+        chat_template: a Jinja template, by default `default_template` of the version.
+
+    Raises:
+        ValueError: `image_token_id` is missing.
+    """
+
+    image_token = IMAGE_MARK
+    video_token = VIDEO_MARK
+
+    def __init__(
+        self,
+        image_processor: InternLMXComposer2ImageProcessor,
+        tokenizer,
+        image_token_id: int | None = None,
+        chat_template: str | dict[str, str] | None = None,
+    ) -> None:
+        if image_token_id is None:
+            raise ValueError("image_token_id is missing: the vocabulary piece that stands for an image token")
+        template = chat_template or default_template(image_processor.version)
+        super().__init__(image_processor, tokenizer, chat_template=template)
+        self.image_token_id = image_token_id
+        self.auto_map = dict(PROCESSOR_AUTO_MAP)
+
+    # ---- loading ----
+
+    @classmethod
+    def for_config(cls, config, tokenizer) -> "InternLMXComposer2Processor":
+        """The processor of a checkpoint, by its configuration and its tokenizer."""
+        return cls(InternLMXComposer2ImageProcessor.for_config(config), tokenizer, config.image_token_id)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    ) -> "InternLMXComposer2Processor":
+        """Load what `save_pretrained` wrote, or make it from `config.json`, the weights and the tokenizer.
+
+        Raises:
+            OSError: there is neither.
+        """
+        source = pretrained_model_name_or_path
+        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        if has_file(source, PROCESSOR_NAME, **hub_arguments) or not has_file(
+            source, CONFIG_NAME, **hub_arguments
+        ):
+            return super().from_pretrained(source, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        return cls.for_config(checkpoint_config(source, **hub_arguments), tokenizer)
+
+    @property
+    def version(self) -> str:
+        """`"2"`, `"2-4khd"` or `"2.5"`."""
+        return self.image_processor.version
+
+    # ---- texts and media to inputs ----
+
+    def __call__(
+        self,
+        images=None,
+        text: str | Sequence[str] | None = None,
+        videos=None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Prepare a batch, one row for each text.
+
+        Args:
+            images: pictures by any source of `load_image`: one, a list that the marks of all texts take in
+                order, or a list for each text. In version 2.5 a text without any mark may have one picture,
+                which then goes to its front.
+            text: one or more texts, each with a mark for each of its media; BOS is added where it is missing.
+            videos: one video or a list of them by any source of `load_video`; a list of frames is a video.
+                Beside pictures the text marks them by `video_token`.
+            kwargs: the fields of `ProcessingOptions`, by name or in the groups of transformers.
+
+        Returns:
+            `input_ids` and `attention_mask` (texts, tokens), and with media `pixel_values`
+            (tiles, 3, side, side) and `image_grid_hw` (media, 2).
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: anything wrong with the arguments, before any pixel
+                is cut.
+        """
+        options = ProcessingOptions.from_kwargs(kwargs)
+        if text is None:
+            tensors = {"hd_num": options.hd_num, "return_tensors": options.return_tensors}
+            return self.image_processor.preprocess(images, videos, **tensors)
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
+            raise TypeError("text must be a str or a list of at least one str")
+        texts, media = pair_media(texts, images, videos, allow_unmarked=self.version == "2.5")
+        return self._process(texts, media, options)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence,
+        chat_template: str | None = None,
+        tools: list | None = None,
+        documents: list[dict] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        load_audio_from_video: bool = False,
+        processor_kwargs: dict | None = None,
+        **kwargs,
+    ):
+        """One conversation or several -> a text, ids, or with `return_dict` all inputs.
+
+        Content is a text or a list of `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` and
+        `{"type": "video", "video": ...}`, whose source may also stand under `url`, `path` or `base64`, and of
+        `image_url` and `video_url` as OpenAI has them. Sound is never read, so `load_audio_from_video` is
+        without effect.
+
+        Args:
+            processor_kwargs: fields of `ProcessingOptions`; they may also be given as keywords.
+            kwargs: anything else is a variable of the template, such as `use_meta`.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: as `__call__`, and for messages that are none.
+        """
+        if return_assistant_tokens_mask:
+            raise ValueError("return_assistant_tokens_mask needs offsets, which sentencepiece doesn't give")
+        conversations, is_batch = split_conversations(conversation)
+        read = [read_messages(messages, need_sources=tokenize) for messages in conversations]
+        given = {name: kwargs.pop(name) for name in ProcessingOptions.names() & set(kwargs)}
+        options = {**given, **(processor_kwargs or {}), "return_tensors": return_tensors}
+        texts = self.tokenizer.apply_chat_template(
+            [messages for messages, _ in read],
+            chat_template=self._template(chat_template),
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tokenize=False,
+            **kwargs,
+        )
+        if not tokenize:
+            return texts if is_batch else texts[0]
+        inputs = self._process(texts, [media for _, media in read], ProcessingOptions.from_kwargs(options))
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _template(self, name: str | None) -> str:
+        """The template of this name, or `name` itself where it is a template."""
+        if not isinstance(self.chat_template, dict):
+            return name or self.chat_template
+        if name is None and "default" not in self.chat_template:
+            raise ValueError(f"name one of the chat templates: {', '.join(self.chat_template)}")
+        return self.chat_template.get(name or "default", name)
+
+    def _process(
+        self, texts: Sequence[str], media: Sequence[Sequence[Medium]], options: ProcessingOptions
+    ) -> BatchFeature:
+        """Texts with an `IMAGE_MARK` for each of their media -> a batch."""
+        bos = self.tokenizer.bos_token
+        bare = [text.removeprefix(bos) for text in texts]
+        pieces = [
+            place_images(text, len(row), version=self.version) for text, row in zip(bare, media, strict=True)
+        ]
+        visuals = [
+            self.image_processor.load(row, fps=options.fps, num_frames=options.num_frames) for row in media
+        ]
+        budgets = [options.hd_num or self.image_processor.default_hd_num(len(row)) for row in visuals]
+        lengths = [
+            self.image_processor.count_tokens(row, budget)
+            for row, budget in zip(visuals, budgets, strict=True)
+        ]
+        with_bos = [options.add_special_tokens or text.startswith(bos) for text in texts]
+        rows = [self._encode(*row) for row in zip(pieces, lengths, with_bos, strict=True)]
+        outputs = self._pad(rows, options)
+        if any(visuals):
+            outputs |= self._pixels(visuals, budgets)
+        batch = BatchFeature(outputs, tensor_type=options.return_tensors)
+        if options.return_text_replacement_offsets:
+            batch["text_replacement_offsets"] = [
+                self._offsets(*row) for row in zip(texts, lengths, strict=True)
+            ]
+        return batch
+
+    def _encode(self, pieces: list[str], lengths: list[int], add_bos: bool) -> list[int]:
+        """Texts with pictures of these lengths between them -> ids, as `chat` makes them."""
+        prompt = encode_prompt(
+            self.tokenizer,
+            pieces,
+            lengths,
+            version=self.version,
+            image_token_id=self.image_token_id,
+            add_bos=add_bos,
+        )
+        if prompt.ids.count(self.image_token_id) != sum(prompt.is_image):
+            raise ValueError(
+                f"the text holds {self.image_piece}, which stands for image tokens; mark pictures by "
+                f"{self.image_token} and leave the piece out"
+            )
+        return prompt.ids
+
+    def _pad(self, rows: list[list[int]], options: ProcessingOptions) -> dict[str, list[list[int]]]:
+        """Rows of ids -> `input_ids` and `attention_mask` of one length."""
+        longest = max(map(len, rows))
+        if options.max_length is not None and longest > options.max_length:
+            raise ValueError(
+                f"a text has {longest} tokens with its pictures but max_length is {options.max_length}; "
+                "raise it, shorten the text or lower hd_num"
+            )
+        padded = self.tokenizer.pad(
+            {"input_ids": rows},
+            padding=options.padding,
+            max_length=options.max_length,
+            pad_to_multiple_of=options.pad_to_multiple_of,
+            padding_side=options.padding_side,
+            return_attention_mask=True,
+        )
+        outputs = {name: padded[name] for name in ("input_ids", "attention_mask")}
+        if options.return_mm_token_type_ids:
+            outputs["mm_token_type_ids"] = self.create_mm_token_type_ids(outputs["input_ids"])
+        return outputs
+
+    def create_mm_token_type_ids(self, input_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """1 for each image token, 0 for all others."""
+        return [[int(token == self.image_token_id) for token in row] for row in input_ids]
+
+    def _pixels(self, visuals: list[list[Visual]], budgets: list[int]) -> dict[str, Tensor]:
+        """`pixel_values` and `image_grid_hw` of all rows."""
+        prepared = [
+            self.image_processor.prepare(row, budget)
+            for row, budget in zip(visuals, budgets, strict=True)
+            if row
+        ]
+        pixels, grids = zip(*prepared, strict=True)
+        return {"pixel_values": torch.cat(pixels), "image_grid_hw": torch.cat(grids)}
+
+    # ---- what engines ask for ----
+
+    @property
+    def image_piece(self) -> str:
+        """The vocabulary piece of `image_token_id`."""
+        return self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+
+    @property
+    def image_token_ids(self) -> list[int]:
+        """The ids that stand for pictures."""
+        return [self.image_token_id]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """What the mark of a picture becomes: its piece, once for each of its tokens.
+
+        Args:
+            image_inputs: the outputs of the image processor.
+        """
+        rows, cols = (int(count) for count in image_inputs["image_grid_hw"][image_idx])
+        return self.image_piece * self.image_processor.num_tokens(rows, cols)
+
+    def _offsets(self, text: str, lengths: list[int]) -> list[dict]:
+        """Where each mark of a text stands, and where what replaces it stands in the text without marks."""
+        found, grown, end = [], 0, 0
+        for length in lengths:
+            start = text.find(self.image_token, end)
+            if start < 0:  # a single picture without a mark
+                break
+            end = start + len(self.image_token)
+            replacement = self.image_piece * length
+            span = start + grown, start + grown + len(replacement)
+            entry = {"type": "image", "span": (start, end), "new_span": span}
+            found.append({**entry, "text": self.image_token, "replacement": replacement})
+            grown += len(replacement) - len(self.image_token)
+        return found
+
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        video_sizes: Sequence[Sequence[int]] | None = None,
+        hd_num: int | None = None,
+        **kwargs,
+    ) -> MultiModalData:
+        """Tokens, and rows of `pixel_values`, of the media of one prompt, from their sizes alone.
+
+        Args:
+            image_sizes: (height, width) of each picture in pixels.
+            video_sizes: (frames, height, width) of each video after sampling.
+        """
+        counts = {}
+        count = self.image_processor
+        if image_sizes is not None:
+            budget = hd_num or count.default_hd_num(len(image_sizes))
+            grids = [grid_of_image(count, height, width, budget) for height, width in image_sizes]
+            counts["num_image_tokens"] = [count.num_tokens(*grid) for grid in grids]
+            counts["num_image_patches"] = [count.num_tiles(*grid) for grid in grids]
+        if video_sizes is not None:
+            grids = [grid_of_frames(count, [(height, width)] * num) for num, height, width in video_sizes]
+            counts["num_video_tokens"] = [count.num_tokens(*grid) for grid in grids]
+        return MultiModalData(**counts)
+
+    # ---- ids to text ----
+
+    def decode(self, token_ids: Ids, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
+        """The text of ids, or of each row of them.
+
+        With `skip_special_tokens` image tokens and the mark at the end of an answer are left out too; the
+        tokenizer itself keeps both.
+        """
+        rows = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        if isinstance(rows, int):
+            rows = [rows]
+        if len(rows) and not isinstance(rows[0], int):
+            return [self.decode(row, skip_special_tokens, **kwargs) for row in rows]
+        if not skip_special_tokens:
+            return self.tokenizer.decode(rows, **kwargs)
+        words = [token for token in rows if token != self.image_token_id]
+        text = self.tokenizer.decode(words, skip_special_tokens=True, **kwargs)
+        return text.removesuffix(END_OF_TURN)
+
+    def batch_decode(self, sequences: Ids, skip_special_tokens: bool = False, **kwargs) -> list[str]:
+        """`decode` for each of several sequences."""
+        return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Ids, skip_special_tokens: bool = True, **kwargs
+    ) -> str | list[str]:
+        """The text of what `generate` returned."""
+        return self.decode(generated_outputs, skip_special_tokens, **kwargs)
