@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from internlm_xcomposer2.auto_internlm_xcomposer2 import CONFIG_AUTO_MAP
 from internlm_xcomposer2.configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from internlm_xcomposer2.modeling_internlm2 import apply_rotary
 from internlm_xcomposer2.modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
@@ -30,11 +31,6 @@ TOWER = {
     "patch_size": 14,
 }
 DENSE_WEIGHT = 0.5  # of the dense loss beside that of the answers
-AUTO_MAP = {
-    "AutoConfig": "configuration_internlm_xcomposer2.InternLMXcomposer2Config",
-    "AutoModel": "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM",
-    "AutoModelForCausalLM": "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM",
-}
 ORDER_LAYER, ASKED_LAYER = 2, 3  # after how many of the decoder's layers a picture's tokens have to know
 POINTER_LAYERS = (2, 3)
 PAIR_WEIGHT = 1.0  # of what the tokens of two pictures have to know
@@ -436,5 +432,5 @@ def export(checkpoint: Path, root: Path, out: Path) -> None:
     model.load_state_dict(weights)
     model.generation_config.eos_token_id = [pieces.eos_id(), pieces.piece_to_id(END_OF_TURN)]
     model.generation_config.do_sample = False
-    model.config.auto_map = AUTO_MAP
+    model.config.auto_map = dict(CONFIG_AUTO_MAP)
     model.half().save_pretrained(out)
