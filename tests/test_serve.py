@@ -1,0 +1,140 @@
+"""`transformers serve` on nano, read as remote code, over HTTP on loopback with OpenAI's client."""
+
+import base64
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from openai import APIStatusError, OpenAI
+from test_readme import blocks_of, offline_environment
+
+START, ANSWER = 300.0, 120.0  # seconds that the server may take
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(server: subprocess.Popen, url: str, log: Path) -> None:
+    deadline = time.monotonic() + START
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    pytest.fail(f"the server did not start:\n{log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory) -> Iterator[OpenAI]:
+    """A client of a server that has loaded nano."""
+    folder = tmp_path_factory.mktemp("serve")
+    port, log = free_port(), folder / "log.txt"
+    command = [
+        sys.executable,
+        "-m",
+        "transformers.cli.transformers",
+        "serve",
+        str(ROOT),
+        "--trust-remote-code",
+    ]
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [*command, "--trust-remote-code", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=offline_environment(folder / "home"),
+            cwd=ROOT,
+        )
+    try:
+        wait_for(server, f"http://127.0.0.1:{port}", log)
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=ANSWER)
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait(20)
+
+
+def data_uri(name: str) -> str:
+    content = (ROOT / "examples" / name).read_bytes()
+    kind = {"png": "image/png", "jpg": "image/jpeg", "mp4": "video/mp4"}[name.rsplit(".")[-1]]
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def picture(name: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": data_uri(name)}}
+
+
+def ask(*content: str | dict) -> dict:
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    return {"role": "user", "content": parts}
+
+
+def complete(client: OpenAI, *messages: dict, **options):
+    settings = {"max_tokens": 8, "temperature": 0, **options}
+    return client.chat.completions.create(model=".", messages=messages, **settings)
+
+
+def test_an_answer_about_a_picture(client):
+    completion = complete(client, ask(picture("star.png"), "What shape is the object?"))
+    (choice,) = completion.choices
+    assert (choice.message.content, choice.finish_reason) == ("star", "stop")
+    assert completion.usage.prompt_tokens > 41  # the picture's tokens and the question's
+
+
+def test_the_client_in_the_readme_prints_what_it_says(client, monkeypatch, capsys):
+    blocks = blocks_of("README.md")
+    ((index, code),) = [(place, code) for place, (mark, _, code) in enumerate(blocks) if mark == "server"]
+    url = str(client.base_url).removesuffix("/")
+    assert "http://localhost:8000/v1" in code
+    monkeypatch.chdir(ROOT)
+    exec(code.replace("http://localhost:8000/v1", url), {})
+    assert capsys.readouterr().out == blocks[index + 1][2]
+
+
+def test_a_stream_of_an_answer(client):
+    message = ask(picture("number.png"), "What number is printed in the picture?")
+    chunks = [chunk.choices[0] for chunk in complete(client, message, stream=True)]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == "6143"
+    assert chunks[-1].finish_reason == "stop"
+    assert sum(bool(chunk.delta.content) for chunk in chunks) >= 1
+
+
+def test_several_turns_with_pictures(client):
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        ask("Picture 1: ", picture("star.png"), "; What shape is the object?"),
+        {"role": "assistant", "content": "star"},
+        ask("Picture 2: ", picture("ring.jpg"), "; What shape is the object?"),
+    ]
+    first, both = complete(client, turns[1]), complete(client, *turns)
+    assert both.usage.prompt_tokens > first.usage.prompt_tokens + 41
+    assert (first.choices[0].message.content, both.choices[0].message.content) == ("star", "ring")
+
+
+def test_a_video(client):
+    message = ask({"type": "video_url", "video_url": {"url": data_uri("circle.mp4")}}, "What happens?")
+    completion = complete(client, message, max_tokens=3)
+    assert completion.usage.prompt_tokens > 80 and completion.usage.completion_tokens <= 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_broken_picture_is_an_error_and_the_next_request_is_answered(client, stream):
+    broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,A"}}
+    with pytest.raises(APIStatusError):
+        complete(client.with_options(max_retries=0), ask(broken, "What shape is the object?"), stream=stream)
+    completion = complete(client, ask(picture("star.png"), "What shape is the object?"))
+    assert completion.choices[0].message.content == "star"
