@@ -71,8 +71,7 @@ class InternLMXComposer2ForCausalLM(
     def __init__(self, config: InternLMXcomposer2Config) -> None:
         check_attention(config)
         super().__init__(config)
-        self.model = InternLM2Model(config.text_config)
-        self.output = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # In the order of computation, in which `device_map="auto"` fills the devices.
         self.vit = build_vision_tower(config)
         self.vision_proj = build_vision_projector(config)
         if config.is_tiled:
@@ -81,6 +80,8 @@ class InternLMXComposer2ForCausalLM(
             self.plora_sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
         if config.video_memory_size:
             self.video_mem_proj = build_projector(config.video_memory_size, config.text_config.hidden_size)
+        self.model = InternLM2Model(config.text_config)
+        self.output = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.vis_processor = VisProcessor(None if config.is_tiled else config.img_size)
         self.tokenizer = None
         self.hd_num = config.hd_num
