@@ -16,6 +16,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 
 from .ixc_utils import check_hd_num
+from .parallel_internlm_xcomposer2 import same_draws
 from .prefix_internlm_xcomposer2 import (
     PromptCache,
     capture,
@@ -220,7 +221,7 @@ class AnswerMixin:
 
     def _new_tokens(self, ids: Tensor | None, kwargs: dict) -> Tensor:
         """(sequences, new tokens) that `generate` of the library adds to `ids`, or to embeddings alone."""
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), same_draws(self):
             warnings.filterwarnings("ignore", message="Passing `repetition_penalty` with `inputs_embeds`")
             outputs = GenerationMixin.generate(self, ids, **kwargs)
         sequences = getattr(outputs, "sequences", outputs)

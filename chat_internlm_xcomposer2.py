@@ -267,7 +267,7 @@ class ChatMixin(AnswerMixin):
             raise ValueError("no tokenizer: pass one, or set model.tokenizer")
         if not hasattr(tokenizer, "convert_tokens_to_ids"):
             raise TypeError(f"the tokenizer is a {type(tokenizer).__name__}; load it with AutoTokenizer")
-        rows = self.model.tok_embeddings.weight.shape[0]
+        rows = self.config.text_config.vocab_size
         if rows not in (tokenizer.vocab_size, len(tokenizer)) and len(tokenizer) > rows:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} pieces but the model {rows}; load the tokenizer that "

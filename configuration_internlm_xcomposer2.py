@@ -13,6 +13,7 @@ from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.utils import logging
 
 from .auto_internlm_xcomposer2 import announce_multimodal
+from .parallel_internlm_xcomposer2 import tensor_parallel_plan
 from .weight_shapes_internlm_xcomposer2 import WeightShapes
 
 logger = logging.get_logger(__name__)
@@ -158,6 +159,11 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How transformers cuts the decoder between processes."""
+        return tensor_parallel_plan(self.task_adapters)
 
     @property
     def rope_theta(self) -> float:

@@ -39,6 +39,7 @@ from .modeling_internlm2 import (
     check_image_mask,
     check_infer_mode,
 )
+from .parallel_internlm_xcomposer2 import check_divisible, check_gatherable, same_draws, tensor_parallel_size
 from .prefix_internlm_xcomposer2 import (
     ends_in_text,
     is_assisted,
@@ -67,6 +68,7 @@ class InternLMXComposer2ForCausalLM(
     input_modalities = ("image", "text")
     _keys_to_ignore_on_load_missing = [r"vit\..*\.post_layernorm\."]
     _keys_to_ignore_on_load_unexpected = [r"\.position_ids$", r"\.rotary_emb\.inv_freq$"]
+    _tp_plan = {"output": "colwise_gather_output"}
 
     def __init__(self, config: InternLMXcomposer2Config) -> None:
         check_attention(config)
@@ -108,7 +110,8 @@ class InternLMXComposer2ForCausalLM(
         Sizes that `config.json` leaves out, and the version, are what the weights say.
 
         Raises:
-            ValueError: a tensor is missing or unknown (all are listed), or the directory holds another model.
+            ValueError: a tensor is missing or unknown (all are listed), or the directory holds another model,
+                or the processes that are to share it (`tp_plan`, `distributed_config`) can't do so evenly.
             FileNotFoundError: the directory holds no weights.
         """
         source = pretrained_model_name_or_path
@@ -126,6 +129,7 @@ class InternLMXComposer2ForCausalLM(
         check_not_packed(shapes, config, source)
         with asking_for_heads(source):
             config = config.complete_from_shapes(shapes)
+        check_divisible(config.text_config, tensor_parallel_size(kwargs))
         accept_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = True  # so that every fault is listed below, not only logged
         model, info = super().from_pretrained(
@@ -136,7 +140,12 @@ class InternLMXComposer2ForCausalLM(
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Write the checkpoint, under the published names where the weights are not quantised."""
+        """Write the checkpoint, under the published names where the weights are not quantised.
+
+        Raises:
+            ValueError: several processes share the model, and this transformers can't put it together again.
+        """
+        check_gatherable(self)
         if getattr(self, "hf_quantizer", None) is not None:
             kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, **kwargs)
@@ -441,7 +450,8 @@ class InternLMXComposer2ForCausalLM(
             kwargs["inputs_embeds"] = inputs_embeds
         if not args and num_copies(self, kwargs) > 1:
             kwargs = self._prefill_before_copies(ids, kwargs)
-        return super().generate(ids, *args, **kwargs)
+        with same_draws(self):
+            return super().generate(ids, *args, **kwargs)
 
     def _prefill_before_copies(self, ids: Tensor | None, kwargs: dict) -> dict:
         """`generate`'s arguments with the prompt computed once, not for each beam or sample."""
