@@ -254,3 +254,10 @@ def content_of(directory: Path) -> dict[str, str]:
     """Every file below a directory and the digest of what it holds."""
     files = [path for path in directory.rglob("*") if path.is_file()]
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def picture_inputs(model, grids: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """What `forward` takes: one random prompt with random pictures; squares have no grid."""
+    pixel_values, image_grid_hw = random_pictures(model, grids)
+    ids = torch.tensor([prompt_with_pictures(model, grids)])
+    return {"input_ids": ids, "pixel_values": pixel_values, "image_grid_hw": image_grid_hw}

@@ -1,0 +1,231 @@
+"""One model on several devices and in several processes gives what it gives on one."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from helpers import FAMILIES, HERE, ROOT, picture_inputs, tiny_config, tiny_model
+from internlm_xcomposer2 import (
+    InternLMXcomposer2Config,
+    InternLMXComposer2ForCausalLM,
+    InternLMXComposer2Tokenizer,
+)
+from internlm_xcomposer2.parallel_internlm_xcomposer2 import check_gatherable
+from safetensors.torch import load_file
+from transformers.integrations.accelerate import _get_device_map, compute_module_sizes
+
+PICTURE = [(1, 1)]
+TASKS = {"sft": 4, "dpo": 4, "web": 6}
+LOW_RANK = ("Plora", "lora_sft", "lora_dpo", "lora_web")
+FULL_SIZES = {
+    "2": {"version": "2", "img_size": 490},
+    "4khd": {"version": "2-4khd"},
+    "2d5": {"version": "2.5"},
+    "2d5-ol": {"version": "2.5", "video_memory_size": 1536, "text_config": {"num_key_value_heads": 8}},
+}
+
+
+@torch.no_grad()
+def last_logits(model, infer_mode: str = "base") -> torch.Tensor:
+    return model(**picture_inputs(model, PICTURE), infer_mode=infer_mode, logits_to_keep=4).logits
+
+
+def size_in_bytes(model) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def nano() -> InternLMXComposer2ForCausalLM:
+    return InternLMXComposer2ForCausalLM.from_pretrained(ROOT, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> InternLMXComposer2Tokenizer:
+    return InternLMXComposer2Tokenizer(str(ROOT / "tokenizer.model"))
+
+
+# ---- device_map ----
+
+
+@pytest.mark.parametrize("num_devices", [2, 4])
+@pytest.mark.parametrize("family", FULL_SIZES)
+def test_full_sizes_are_spread_in_the_order_of_computation(family, num_devices):
+    with torch.device("meta"):
+        model = InternLMXComposer2ForCausalLM(InternLMXcomposer2Config(**FULL_SIZES[family])).half()
+    sizes, _ = compute_module_sizes(model)
+    device_map = _get_device_map(model, "auto", dict.fromkeys(range(num_devices), 40 * 10**9), None)
+
+    first = {name for name, device in device_map.items() if device == 0}
+    assert {"vit", "vision_proj", "model.tok_embeddings", "model.layers.0"} <= first
+    assert {name for name, _ in model.named_parameters(recurse=False)} <= first
+    assert "video_mem_proj" in first or not model.config.video_memory_size
+    assert device_map["model.norm"] == device_map["output"] == num_devices - 1
+
+    devices = [device_map[f"model.layers.{index}"] for index in range(len(model.model.layers))]
+    assert devices == sorted(devices) and set(devices) == set(range(num_devices))
+    loads = [sum(sizes[n] for n, d in device_map.items() if d == device) for device in range(num_devices)]
+    assert max(loads) < 1.3 * sizes[""] / num_devices
+
+
+def test_a_small_first_device_takes_what_is_computed_first():
+    with torch.device("meta"):
+        model = InternLMXComposer2ForCausalLM(InternLMXcomposer2Config(version="2.5")).half()
+    budget = {0: 4 * 10**9, 1: 4 * 10**9, "cpu": 40 * 10**9}
+    device_map = _get_device_map(model, "auto", budget, None)
+    assert [device_map[name] for name in ("vit", "vision_proj", "plora_glb_GN", "model.layers.0")] == [0] * 4
+    order = [device_map[f"model.layers.{index}"] for index in range(32)]
+    assert order == sorted(order, key=[0, 1, "cpu"].index) and set(order) == {0, 1, "cpu"}
+    assert device_map["output"] == "cpu"
+
+
+@pytest.mark.parametrize(("family", "share"), [*((family, 0.8) for family in FAMILIES), ("2d5", 0.3)])
+def test_a_model_that_outgrows_memory_gives_the_same_numbers(
+    checkpoint, family_model, tmp_path, family, share
+):
+    reference = family_model(family)
+    model = InternLMXComposer2ForCausalLM.from_pretrained(
+        checkpoint(family),
+        dtype="float32",
+        device_map="auto",
+        max_memory={"cpu": int(share * size_in_bytes(reference))},
+        offload_folder=tmp_path,
+    )
+    place = {name.split(".")[0]: device for name, device in model.hf_device_map.items()}  # of each part's end
+    assert place.get("output", place.get("")) == "disk"
+    assert share < 0.5 or place["vit"] == place["vision_proj"] == "cpu"
+    torch.testing.assert_close(last_logits(model), last_logits(reference), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8])
+def test_nano_chats_where_it_outgrows_memory(nano, tokenizer, tmp_path, share):
+    model = InternLMXComposer2ForCausalLM.from_pretrained(
+        ROOT,
+        dtype="float32",
+        device_map="auto",
+        max_memory={"cpu": int(share * size_in_bytes(nano))},
+        offload_folder=tmp_path,
+    )
+    assert "disk" in model.hf_device_map.values()
+    call = (tokenizer, "What number is printed in the picture?", str(ROOT / "examples" / "number.png"))
+    answer, history = model.chat(*call, do_sample=False)
+    assert (answer, history) == nano.chat(*call, do_sample=False)
+    assert list(model.stream_chat(*call, do_sample=False))[-1] == (answer, history)
+
+
+# ---- tensor parallelism ----
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, checkpoint) -> list[dict]:
+    """What two processes that share the models gave, by rank; nano as they saved it under `saved`."""
+    out = tmp_path_factory.mktemp("shared")
+    modes = {"2d5": ["base", "write", "web"]}
+    job = {
+        "families": {name: (str(checkpoint(name)), modes.get(name, ["base"])) for name in FAMILIES},
+        "save_directory": str(out / "saved"),
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*launch, str(HERE / "parallel_worker.py"), json.dumps(job), str(out)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-9000:]
+    results = [torch.load(out / f"{rank}.pt") for rank in range(2)]
+    return [{**ranked, "saved": out / "saved"} for ranked in results]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_give_the_logits_of_one(shared, family_model, family):
+    model = family_model(family)
+    for results in shared:
+        for mode, logits in results[family].items():
+            expected = last_logits(model, mode)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert set(shared[0]["2d5"]) == {"base", "write", "web"}
+
+
+def test_two_processes_answer_as_one(shared, nano, tokenizer):
+    call = (tokenizer, "What number is printed in the picture?", str(ROOT / "examples" / "number.png"))
+    ask = partial(nano.chat, *call, do_sample=False)
+    prompt = torch.tensor([[1, 60, 70]])
+    generated = nano.generate(prompt, max_new_tokens=6, do_sample=False).tolist()
+    for results in (ranked["nano"] for ranked in shared):
+        assert results["greedy"] == results["streamed"] == ask()[0]
+        assert results["beams"] == ask(num_beams=2)[0]
+        assert results["static"] == generated
+
+
+def test_each_process_holds_a_part(shared, nano):
+    whole = sum(parameter.numel() for parameter in nano.model.layers[0].attention.parameters())
+    for ranked in shared:
+        assert whole / 2 < ranked["nano"]["part"] < 0.6 * whole  # one low-rank factor of each pair is whole
+
+
+def test_processes_draw_the_same_tokens_from_different_random_states(shared):
+    first, second = (ranked["nano"] for ranked in shared)
+    assert first["drawn"] == second["drawn"]
+    assert first["generated"] == second["generated"]
+    assert first["drawn"][0] != first["drawn"][1]
+    assert first["random"] != second["random"]
+
+
+def test_a_shared_model_is_saved_whole_or_not_at_all(shared):
+    refused = [ranked["nano"].get("refused") for ranked in shared]
+    if refused[0]:  # transformers before it cut models by DTensor
+        assert "2 processes" in refused[0] and refused[0] == refused[1]
+        assert not shared[0]["saved"].exists()
+        return
+    saved, published = (load_file(folder / "model.safetensors") for folder in (shared[0]["saved"], ROOT))
+    assert saved.keys() == published.keys()
+    for name, weight in published.items():
+        assert torch.equal(saved[name], weight.float()), name
+
+
+def test_the_plan_names_every_linear_of_the_decoder():
+    model = tiny_model("2.5", task_adapters=TASKS)
+    plan = model.model.tp_plan
+    names = {name for name, _ in model.model.named_modules()}
+    assert all(rule.replace("*", "0") in names for rule in plan)
+    for linear in ("attention.wqkv", "attention.wo", *(f"feed_forward.w{i}" for i in "123")):
+        pairs = [
+            {f"layers.*.{linear}.{pair}_{f}" for f in "AB"} for pair in ("Plora", "lora_sft", "lora_web")
+        ]
+        assert f"layers.*.{linear}.linear" in plan
+        assert all(len(pair & plan.keys()) == 1 for pair in pairs)
+    assert not any("lora_sft" in rule for rule in tiny_model("2.5").model.tp_plan)
+    assert "base_model_tp_plan" not in tiny_config().to_dict()["text_config"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world", "numbers"),
+    [
+        ({"tp_plan": "auto"}, "3", ("3 processes", "num_key_value_heads 2")),
+        ({"tp_plan": "auto", "tp_size": 4}, "8", ("4 processes", "num_key_value_heads 2")),
+        ({"distributed_config": {"tp_size": 5}}, "5", ("5 processes", "num_key_value_heads 2")),
+    ],
+)
+def test_numbers_that_do_not_divide_are_named(monkeypatch, arguments, world, numbers):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError) as error:
+        InternLMXComposer2ForCausalLM.from_pretrained(ROOT, **arguments)
+    assert all(number in str(error.value) for number in numbers)
+    assert not torch.distributed.is_initialized()
+
+
+def test_processes_that_share_nothing_load_and_draw_as_ever(monkeypatch, nano, tokenizer):
+    monkeypatch.setenv("WORLD_SIZE", "3")  # as under a data-parallel launcher
+    model = InternLMXComposer2ForCausalLM.from_pretrained(ROOT, dtype="float32")
+    check_gatherable(model)
+    with torch.random.fork_rng():
+        drawn = []
+        for each in (model, nano):
+            torch.manual_seed(5)
+            drawn.append(each.chat(tokenizer, "Who?", [], temperature=5.0, max_new_tokens=8)[0])
+    assert drawn[0] == drawn[1]
