@@ -3,8 +3,11 @@
 The job is JSON. The results of each rank are saved as OUT/RANK.pt.
 """
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -60,14 +63,21 @@ def nano_answers(save_directory: str) -> dict:
     return results
 
 
+def output_of(script: Path) -> str:
+    """What a script prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        runpy.run_path(str(script), run_name="__main__")
+    return stdout.getvalue()
+
+
 @torch.no_grad()
 def main(job: dict, out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     results = {family: family_logits(*arguments) for family, arguments in job["families"].items()}
     results["nano"] = nano_answers(job["save_directory"])
+    results["example"] = output_of(ROOT / "examples" / "tensor_parallel.py")  # leaves the process group
     torch.save(results, out / f"{os.environ['RANK']}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from transformers.integrations.accelerate import _get_device_map, compute_module
 
 PICTURE = [(1, 1)]
 TASKS = {"sft": 4, "dpo": 4, "web": 6}
+QUESTION = ("What number is printed in the picture?", str(ROOT / "examples" / "number.png"))
 LOW_RANK = ("Plora", "lora_sft", "lora_dpo", "lora_web")
 FULL_SIZES = {
     "2": {"version": "2", "img_size": 490},
@@ -110,7 +111,7 @@ def test_nano_chats_where_it_outgrows_memory(nano, tokenizer, tmp_path, share):
         offload_folder=tmp_path,
     )
     assert "disk" in model.hf_device_map.values()
-    call = (tokenizer, "What number is printed in the picture?", str(ROOT / "examples" / "number.png"))
+    call = (tokenizer, *QUESTION)
     answer, history = model.chat(*call, do_sample=False)
     assert (answer, history) == nano.chat(*call, do_sample=False)
     assert list(model.stream_chat(*call, do_sample=False))[-1] == (answer, history)
@@ -133,8 +134,8 @@ def shared(tmp_path_factory, checkpoint) -> list[dict]:
         [*launch, str(HERE / "parallel_worker.py"), json.dumps(job), str(out)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(out / "home")},
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-9000:]
     results = [torch.load(out / f"{rank}.pt") for rank in range(2)]
@@ -152,7 +153,7 @@ def test_two_processes_give_the_logits_of_one(shared, family_model, family):
 
 
 def test_two_processes_answer_as_one(shared, nano, tokenizer):
-    call = (tokenizer, "What number is printed in the picture?", str(ROOT / "examples" / "number.png"))
+    call = (tokenizer, *QUESTION)
     ask = partial(nano.chat, *call, do_sample=False)
     prompt = torch.tensor([[1, 60, 70]])
     generated = nano.generate(prompt, max_new_tokens=6, do_sample=False).tolist()
@@ -160,6 +161,11 @@ def test_two_processes_answer_as_one(shared, nano, tokenizer):
         assert results["greedy"] == results["streamed"] == ask()[0]
         assert results["beams"] == ask(num_beams=2)[0]
         assert results["static"] == generated
+
+
+def test_the_example_prints_once(shared, nano, tokenizer):
+    call = (tokenizer, *QUESTION)
+    assert [ranked["example"] for ranked in shared] == [f"{nano.chat(*call, do_sample=False)[0]}\n", ""]
 
 
 def test_each_process_holds_a_part(shared, nano):

@@ -115,6 +115,7 @@ def test_every_example_runs(clone, capsys):
     assert (
         str(names["answers"]) == "['star', '6143']" and "['star', '6143']\nstar\n" in capsys.readouterr().out
     )
+    assert [names["spread"].hf_device_map[part] for part in ("vit", "output")] == ["cpu", "disk"]
     assert {path.name for path in clone.glob("*.html")} == {"Bakery.html", "Resume-to-Personal_Page.html"}
 
 
