@@ -1,5 +1,6 @@
 """The decoder over several processes: which of its linears are cut how, and what has to divide for that."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +33,12 @@ def tensor_parallel_size(arguments: dict) -> int:
     settings = arguments.get("distributed_config") or {}
     settings = settings if isinstance(settings, dict) else vars(settings)
     plan, size = (arguments.get(name) or settings.get(name) for name in ("tp_plan", "tp_size"))
-    if size is None and plan is not None:
-        size = int(os.environ.get("WORLD_SIZE", 1))
+    mesh = arguments.get("device_mesh")
+    if size is None and plan is not None and mesh is not None:
+        size = (mesh["tp"] if mesh.ndim > 1 else mesh).size()
+    elif size is None and plan is not None:
+        others = math.prod(settings.get(f"{kind}_size") or 1 for kind in ("fsdp", "dp_replicate", "pp"))
+        size = int(os.environ.get("WORLD_SIZE", 1)) // others
     return size or 1
 
 

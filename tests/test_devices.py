@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from internlm_xcomposer2 import (
     InternLMXComposer2ForCausalLM,
     InternLMXComposer2Tokenizer,
 )
-from internlm_xcomposer2.parallel_internlm_xcomposer2 import check_gatherable
+from internlm_xcomposer2.parallel_internlm_xcomposer2 import check_gatherable, tensor_parallel_size
 from safetensors.torch import load_file
+from transformers.distributed import DistributedConfig
 from transformers.integrations.accelerate import _get_device_map, compute_module_sizes
 
 PICTURE = [(1, 1)]
@@ -99,6 +101,8 @@ def test_a_model_that_outgrows_memory_gives_the_same_numbers(
     assert place.get("output", place.get("")) == "disk"
     assert share < 0.5 or place["vit"] == place["vision_proj"] == "cpu"
     torch.testing.assert_close(last_logits(model), last_logits(reference), rtol=0, atol=1e-6)
+    prompt = {**picture_inputs(reference, PICTURE), "max_new_tokens": 2, "do_sample": False}
+    assert torch.equal(model.generate(**prompt), reference.generate(**prompt))
 
 
 @pytest.mark.parametrize("share", [0.2, 0.8])
@@ -223,6 +227,23 @@ def test_numbers_that_do_not_divide_are_named(monkeypatch, arguments, world, num
         InternLMXComposer2ForCausalLM.from_pretrained(ROOT, **arguments)
     assert all(number in str(error.value) for number in numbers)
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        ({}, 1),
+        ({"tp_plan": "auto"}, 8),
+        ({"tp_plan": "auto", "tp_size": 4}, 4),
+        ({"tp_plan": "auto", "device_mesh": SimpleNamespace(ndim=1, size=lambda: 2)}, 2),
+        ({"distributed_config": {"tp_plan": "auto", "fsdp_size": 2}}, 4),
+        ({"distributed_config": DistributedConfig()}, 1),
+        ({"distributed_config": DistributedConfig(tp_size=2, fsdp_size=4)}, 2),
+    ],
+)
+def test_between_how_many_processes_a_model_is_cut(monkeypatch, arguments, size):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert tensor_parallel_size(arguments) == size
 
 
 def test_processes_that_share_nothing_load_and_draw_as_ever(monkeypatch, nano, tokenizer):
