@@ -179,6 +179,14 @@ class CLIPVisionTower(nn.Module):
 class LowRankUp(nn.Linear):
     """The second of two low-rank factors (B): a linear of its own kind, because new ones start at zero."""
 
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """(rows, rank) -> (rows, out); where `onto` (rows, out) is given, added to it in place."""
+        return super().forward(x) if onto is None else onto.addmm_(x, self.weight.t())
+
+    def adds_in_place(self, x: Tensor, onto: Tensor) -> bool:
+        """Whether the weight is a plain tensor of the type of both, neither quantised nor shared out."""
+        return type(self.weight.data) is Tensor and self.weight.dtype == x.dtype == onto.dtype
+
 
 class PLoRA(nn.Module):
     """A linear layer whose low-rank weights act on image tokens only (Partial LoRA, arXiv:2401.16420).
@@ -233,14 +241,15 @@ class PLoRA(nn.Module):
         x: Tensor,
         im_mask: Tensor | None = None,
         infer_mode: str = "base",
-        image_rows: Tensor | None = None,
+        image_rows: Tensor | slice | None = None,
     ) -> Tensor:
         """(batch, tokens, in) -> (batch, tokens, out).
 
         Args:
             im_mask: (batch, tokens), true on image tokens; any dtype and device.
             infer_mode: `"base"`, `"write"` or `"web"`.
-            image_rows: the same as `im_mask` as indices into batch * tokens, worked out once per forward.
+            image_rows: the same as `im_mask` as indices into batch * tokens, or as the one range they form;
+                worked out once per forward.
         """
         output = self.linear(x)
         if image_rows is None and im_mask is not None:
@@ -251,26 +260,61 @@ class PLoRA(nn.Module):
         if image_rows is not None:
             output = self._add_on_rows(output, x, image_rows)
         for name in ADAPTERS_OF_MODE[infer_mode]:
-            output = output + self._low_rank(x, f"lora_{name}")
+            output = self._add_low_rank(output, x, f"lora_{name}")
         return output
 
-    def _add_on_rows(self, output: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    def _add_on_rows(self, output: Tensor, x: Tensor, rows: Tensor | slice) -> Tensor:
+        """The low-rank product of some rows, added to them: in place, unless gradients are wanted."""
+        x, flat = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
+        if torch.is_grad_enabled() and isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=x.device)
+        if isinstance(rows, slice):
+            self._add_low_rank(flat[rows], self.lora_dropout(x[rows]), "Plora", self.lora_scaling)
+            return output
         rows = rows.to(x.device)
-        picked = self.lora_dropout(x.reshape(-1, x.shape[-1])[rows])
-        delta = self._low_rank(picked, "Plora") * self.lora_scaling
-        flat = output.reshape(-1, output.shape[-1])
-        return flat.index_add(0, rows, delta.to(flat.dtype)).view(output.shape)
+        low = self._scaled(self.Plora_A(self.lora_dropout(x[rows])), self.lora_scaling)
+        delta = self.Plora_B(low).to(flat.dtype)
+        add = flat.index_add if torch.is_grad_enabled() else flat.index_add_
+        return add(0, rows, delta).view(output.shape)
 
-    def _low_rank(self, x: Tensor, name: str) -> Tensor:
-        return getattr(self, f"{name}_B")(getattr(self, f"{name}_A")(x))
+    def _add_low_rank(self, output: Tensor, x: Tensor, name: str, scaling: float = 1.0) -> Tensor:
+        """`output + scaling * B(A(x))`: one product onto `output` itself where nothing forbids it."""
+        up = getattr(self, f"{name}_B")
+        low = self._scaled(getattr(self, f"{name}_A")(x), scaling)
+        if torch.is_grad_enabled():
+            return output + up(low)
+        if isinstance(up, LowRankUp) and up.adds_in_place(low, output):
+            flat = output.reshape(-1, output.shape[-1])
+            up(low.reshape(-1, low.shape[-1]), onto=flat)
+            return output
+        return output.add_(up(low))
+
+    @staticmethod
+    def _scaled(low: Tensor, scaling: float) -> Tensor:
+        """Scaled while it is narrow; most checkpoints have a scale of 1, which costs nothing."""
+        return low if scaling == 1.0 else low * scaling
 
 
-def image_row_indices(im_mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """(batch, tokens) mask of any dtype -> indices into batch * tokens on `device`; `None` if none is set."""
+def image_row_indices(im_mask: Tensor | None, device: torch.device) -> Tensor | slice | None:
+    """Where the image tokens are among batch * tokens rows, worked out once for all linears of a forward.
+
+    Args:
+        im_mask: (batch, tokens) of any dtype.
+
+    Returns:
+        Indices on `device`; the range where they form one and no gradients are wanted, which spares
+        gathering and scattering; `None` where there are none.
+    """
     if im_mask is None:
         return None
     rows = im_mask.to(device).bool().flatten().nonzero(as_tuple=True)[0]
-    return rows if rows.numel() else None
+    if not rows.numel():
+        return None
+    if not torch.is_grad_enabled():
+        first, last = rows[[0, -1]].tolist()
+        if last - first + 1 == rows.numel():
+            return slice(first, last + 1)
+    return rows
 
 
 def build_vision_tower(config: InternLMXcomposer2Config) -> CLIPVisionTower:

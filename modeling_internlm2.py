@@ -200,7 +200,9 @@ class InternLM2MLP(nn.Module):
     def forward(self, hidden_states: Tensor, plora: dict) -> Tensor:
         """(batch, tokens, hidden) -> (batch, tokens, hidden)."""
         gate = self.act_fn(self.w1(hidden_states, **plora))
-        return self.w2(gate * self.w3(hidden_states, **plora), **plora)
+        up = self.w3(hidden_states, **plora)
+        gate = gate * up if torch.is_grad_enabled() else gate.mul_(up)
+        return self.w2(gate, **plora)
 
 
 class InternLM2DecoderLayer(GradientCheckpointingLayer):
@@ -219,7 +221,7 @@ class InternLM2DecoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
-        image_rows: Tensor | None = None,
+        image_rows: Tensor | slice | None = None,
         infer_mode: str = "base",
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,7 @@ import torch
 from einops import rearrange
 from helpers import tiny_config, tiny_model
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
-from internlm_xcomposer2.build_mlp import PLoRA
+from internlm_xcomposer2.build_mlp import PLoRA, image_row_indices
 from internlm_xcomposer2.modeling_internlm2 import InternLM2RotaryEmbedding
 from transformers import (
     AttentionInterface,
@@ -269,3 +269,89 @@ def test_a_mode_without_its_adapters_is_refused():
 def test_impossible_sizes_are_refused(fields):
     with pytest.raises(ValueError):
         tiny_config(**fields)
+
+
+# ---- image rows ----
+
+MASKS = {
+    "one range": [slice(3, 9)],
+    "to the end": [slice(3, 17)],
+    "from the start": [slice(0, 5)],
+    "all": [slice(0, 17)],
+    "one token": [slice(7, 8)],
+    "two ranges": [slice(1, 4), slice(8, 12)],
+}
+
+
+@pytest.mark.parametrize("mode", ["base", "write"])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_in_place_products_are_those_with_gradients(decoder, ids, name, mode, batch):
+    """With gradients rows are gathered and nothing is written in place, without them as little is copied."""
+    mask = torch.zeros(batch, 17)
+    for span in MASKS[name]:
+        mask[:, span] = 1
+    inputs = {"inputs_embeds": decoder.tok_embeddings(ids[:batch]).detach(), "infer_mode": mode}
+    expected = decoder(**inputs, im_mask=mask).last_hidden_state
+    assert expected.requires_grad
+    with torch.no_grad():
+        found = decoder(**inputs, im_mask=mask).last_hidden_state
+        plain = decoder(**inputs).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(found, plain)
+
+
+def test_image_rows_are_one_range_where_they_can_be():
+    mask = torch.zeros(2, 6)
+    assert image_row_indices(None, "cpu") is None and image_row_indices(mask, "cpu") is None
+    mask[0, 4:] = mask[1, :3] = 1
+    assert image_row_indices(mask, "cpu").tolist() == [4, 5, 6, 7, 8]
+    with torch.no_grad():
+        assert image_row_indices(mask, "cpu") == slice(4, 9)
+        mask[1, 5] = 1
+        assert image_row_indices(mask.long(), "cpu").tolist() == [4, 5, 6, 7, 8, 11]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [slice(2, 5), torch.tensor([2, 3, 4])])
+def test_inputs_are_never_written_to(rows):
+    layer = PLoRA(8, 8, lora_r=4, lora_alpha=8, adapters={"web": 3}).eval()
+    torch.nn.init.normal_(layer.Plora_B.weight), torch.nn.init.normal_(layer.lora_web_B.weight)
+    x = torch.randn(1, 6, 8)
+    before = x.clone()
+    layer(x, image_rows=rows, infer_mode="web")
+    assert torch.equal(x, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [slice(2, 5), torch.tensor([2, 3, 4])])
+def test_replaced_factors_still_act(rows):
+    """A quantiser may put a class of its own in the place of any linear."""
+
+    class Other(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.inner = linear
+
+        def forward(self, x):
+            return self.inner(x)
+
+    layer = PLoRA(8, 6, lora_r=4, lora_alpha=8, adapters={"web": 3}).eval()
+    torch.nn.init.normal_(layer.Plora_B.weight), torch.nn.init.normal_(layer.lora_web_B.weight)
+    x = torch.randn(1, 6, 8)
+    expected = layer(x, image_rows=rows, infer_mode="web")
+    for name in ("linear", "Plora_A", "Plora_B", "lora_web_A", "lora_web_B"):
+        setattr(layer, name, Other(getattr(layer, name)))
+        torch.testing.assert_close(layer(x, image_rows=rows, infer_mode="web"), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [slice(2, 5), torch.tensor([2, 3, 4])])
+def test_factors_of_another_type_still_act(rows):
+    layer = PLoRA(8, 6, lora_r=4, adapters={"web": 3}).eval()
+    torch.nn.init.normal_(layer.Plora_B.weight), torch.nn.init.normal_(layer.lora_web_B.weight)
+    x = torch.randn(1, 6, 8)
+    expected = layer(x, image_rows=rows, infer_mode="web")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(x, image_rows=rows, infer_mode="web")
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)

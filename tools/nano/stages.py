@@ -60,10 +60,13 @@ class MaskedPLoRA(nn.Module):
         super().__init__()
         self.linear, self.Plora_A, self.Plora_B = plora.linear, plora.Plora_A, plora.Plora_B
 
-    def forward(self, x: Tensor, infer_mode: str = "base", image_rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, infer_mode: str = "base", image_rows: Tensor | slice | None = None
+    ) -> Tensor:
         """(batch, tokens, in) -> (batch, tokens, out)"""
         flat = x.flatten(0, 1)
-        mask = flat.new_zeros(len(flat), 1).index_fill_(0, image_rows, 1.0)
+        mask = flat.new_zeros(len(flat), 1)
+        mask[image_rows] = 1.0
         low_rank = self.Plora_A(flat) * mask
         return torch.addmm(self.linear(flat), low_rank, self.Plora_B.weight.T).view(*x.shape[:2], -1)
 
