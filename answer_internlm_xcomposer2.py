@@ -13,8 +13,9 @@ from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
 )
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
+from .cache_internlm_xcomposer2 import GrowingCache
 from .ixc_utils import check_hd_num
 from .parallel_internlm_xcomposer2 import same_draws
 from .prefix_internlm_xcomposer2 import (
@@ -174,7 +175,7 @@ class AnswerMixin:
             shared = 0
         # A picture of which only a part is there is computed anew.
         shared = next((start for start, stop in prompt.spans() if start < shared < stop), shared)
-        cache = earlier.restore(shared, text) if shared else DynamicCache(config=text)
+        cache = earlier.restore(shared, self.config) if shared else GrowingCache(self.config)
         inputs = {**self._inputs_of([prompt], num_cached=shared), "past_key_values": cache}
         return inputs, Capture(cache, tokens, origin)
 
@@ -196,7 +197,7 @@ class AnswerMixin:
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         cache, infer_mode = inputs.get("past_key_values"), kwargs.get("infer_mode", "base")
         if cache is None and prefills_once(self, kwargs):
-            cache = DynamicCache(config=self.config.text_config)
+            cache = GrowingCache(self.config)
         start = 0 if cache is None else cache.get_seq_length()
         kwargs["attention_mask"] = torch.ones_like(ids) if mask is None else mask
         if kwargs.get("streamer") is not None and not isinstance(kwargs["streamer"], AnswerStreamer):

@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple, is_flash_attn_2_available, is_kernels_available
 
 from .build_mlp import LowRankUp, PLoRA, image_row_indices
+from .cache_internlm_xcomposer2 import GrowingCache
 from .configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2TextConfig
 
 
@@ -320,7 +321,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
         if self.gradient_checkpointing and self.training:
             use_cache = False
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = GrowingCache(self.config)
         if position_ids is None:
             position_ids = default_positions(inputs_embeds, past_key_values, attention_mask)
         causal_mask = create_causal_mask(

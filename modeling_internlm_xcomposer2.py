@@ -7,12 +7,13 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .build_mlp import build_projector, build_vision_projector, build_vision_tower
+from .cache_internlm_xcomposer2 import GrowingCache, GrowingCacheMixin
 from .chat_internlm_xcomposer2 import ChatMixin
 from .checkpoint_internlm_xcomposer2 import (
     HUB_ARGUMENTS,
@@ -55,7 +56,12 @@ PUBLISHED_KEYS = {r"\.(wqkv|wo|w1|w2|w3)\.weight": r".\1.linear.weight"}
 
 
 class InternLMXComposer2ForCausalLM(
-    ChatMixin, WritingMixin, EmbeddingMethodsMixin, InternLM2PreTrainedModel, GenerationMixin
+    ChatMixin,
+    WritingMixin,
+    EmbeddingMethodsMixin,
+    GrowingCacheMixin,
+    InternLM2PreTrainedModel,
+    GenerationMixin,
 ):
     """InternLM-XComposer2, -VL, -4KHD and 2.5: a vision tower, a projector and InternLM2 with Partial LoRA.
 
@@ -465,7 +471,7 @@ class InternLMXComposer2ForCausalLM(
         padding = None if mask.bool().all() else mask
         started = start_generation(
             self,
-            DynamicCache(config=self.config.text_config),
+            GrowingCache(self.config),
             inputs_embeds=embeds,
             attention_mask=padding,
             im_mask=im_mask,

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
+
+from .cache_internlm_xcomposer2 import GrowingCache
 
 # What makes peft's wrappers compute something else without touching a weight's version.
 ADAPTER_STATE = ("merged_adapters", "active_adapters", "disable_adapters")
@@ -41,9 +43,9 @@ class PromptCache:
 
     def restore(self, length: int, config) -> Cache:
         """A cache of its own that holds the first `length` tokens; writing to it leaves this one alone."""
-        cache = DynamicCache(config=config)
+        cache = GrowingCache(config)
         for index, (keys, values) in enumerate(self.layers):
-            cache.update(keys[:, :, :length].clone(), values[:, :, :length].clone(), index)
+            cache.update(keys[:, :, :length], values[:, :, :length], index)
         return cache
 
 
