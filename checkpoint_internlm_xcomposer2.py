@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+from .configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2Config
 
 # The indexes of sharded weights, in the order in which transformers prefers them.
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -291,3 +291,34 @@ def check_loading(info: dict, source) -> None:
     ]
     if faults:
         raise ValueError(f"the weights in {source} don't fit this model; tensors {'; '.join(faults)}")
+
+
+def choose_adapters(config: InternLMXcomposer2Config, modes: Sequence[str] | None) -> list[str]:
+    """Let the configuration name the task adapters of some inference modes only.
+
+    Args:
+        modes: of `"write"` and `"web"`; `None` leaves all that the checkpoint has.
+
+    Returns:
+        The names of those that are left out.
+
+    Raises:
+        ValueError: there is no such mode, or the checkpoint lacks its adapters.
+        TypeError: the modes are no sequence of names.
+    """
+    found = config.text_config.task_adapters
+    if modes is None:
+        return []
+    if isinstance(modes, str) or not all(isinstance(mode, str) for mode in modes):
+        raise TypeError(f"adapters must be a sequence of modes such as ('web',), not {modes!r}")
+    known = [mode for mode, names in ADAPTERS_OF_MODE.items() if names]
+    if unknown := [mode for mode in modes if mode not in known]:
+        raise ValueError(f"no adapters for the mode {unknown[0]!r}; adapters takes {' and '.join(known)}")
+    wanted = [name for mode in modes for name in ADAPTERS_OF_MODE[mode]]
+    if lacking := [name for name in wanted if name not in found]:
+        raise ValueError(
+            f"adapters={tuple(modes)!r} needs {', '.join(lacking)}, but this checkpoint has "
+            f"{', '.join(found) or 'none'}; leave the argument out, or load InternLM-XComposer2.5-7B"
+        )
+    config.text_config.task_adapters = {name: rank for name, rank in found.items() if name in wanted}
+    return [name for name in found if name not in wanted]

@@ -384,8 +384,9 @@ def check_infer_mode(infer_mode: str, config: InternLMXcomposer2TextConfig) -> N
     lacking = [name for name in ADAPTERS_OF_MODE[infer_mode] if name not in config.task_adapters]
     if lacking:
         raise ValueError(
-            f"infer_mode {infer_mode!r} needs the adapters {', '.join(lacking)}, but this checkpoint has "
-            f"{', '.join(config.task_adapters) or 'none'}; use infer_mode='base' or InternLM-XComposer2.5-7B"
+            f"infer_mode {infer_mode!r} needs the adapters {', '.join(lacking)}, but this model has "
+            f"{', '.join(config.task_adapters) or 'none'}; use infer_mode='base', or load "
+            f"InternLM-XComposer2.5-7B without the argument adapters or with {infer_mode!r} in it"
         )
 
 

@@ -1,6 +1,7 @@
 """The whole model: pictures into the decoder's embeddings, `forward`, `generate`, loading and saving."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 from accelerate.utils import align_module_device
@@ -21,6 +22,7 @@ from .checkpoint_internlm_xcomposer2 import (
     check_loading,
     check_not_packed,
     checkpoint_shapes,
+    choose_adapters,
     read_config,
 )
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
@@ -96,6 +98,11 @@ class InternLMXComposer2ForCausalLM(
         self.max_length = config.max_length
         self.im_size = config.img_size
         self.vocab_size = config.text_config.vocab_size
+        skipped = getattr(config, "_skipped_adapters", ())
+        self._keys_to_ignore_on_load_unexpected = [
+            *self._keys_to_ignore_on_load_unexpected,
+            *(rf"\.lora_{name}_[AB]\.weight$" for name in skipped),
+        ]
         self._weight_conversions = [WeightRenaming(*pair) for pair in PUBLISHED_KEYS.items()]
         self.post_init()
         self._settle_generation_config()
@@ -109,15 +116,21 @@ class InternLMXComposer2ForCausalLM(
         *model_args,
         config: PreTrainedConfig | str | os.PathLike | None = None,
         output_loading_info: bool = False,
+        adapters: Sequence[str] | None = None,
         **kwargs,
     ):
         """Load a published checkpoint as it lies on disk, or one that `save_pretrained` wrote.
 
         Sizes that `config.json` leaves out, and the version, are what the weights say.
 
+        Args:
+            adapters: for which inference modes (`"write"`, `"web"`) to load the task adapters, all that are
+                there by default. Others take no memory, and their modes are refused. `()` loads none.
+
         Raises:
             ValueError: a tensor is missing or unknown (all are listed), or the directory holds another model,
-                or the processes that are to share it (`tp_plan`, `distributed_config`) can't do so evenly.
+                or the processes that are to share it (`tp_plan`, `distributed_config`) can't do so evenly,
+                or `adapters` names a mode that the checkpoint lacks.
             FileNotFoundError: the directory holds no weights.
         """
         source = pretrained_model_name_or_path
@@ -136,12 +149,14 @@ class InternLMXComposer2ForCausalLM(
         with asking_for_heads(source):
             config = config.complete_from_shapes(shapes)
         check_divisible(config.text_config, tensor_parallel_size(kwargs))
+        config._skipped_adapters = choose_adapters(config, adapters)
         accept_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = True  # so that every fault is listed below, not only logged
         model, info = super().from_pretrained(
             source, *model_args, config=config, output_loading_info=True, **kwargs
         )
         check_loading({**info, "mismatched_keys": () if accept_mismatch else info["mismatched_keys"]}, source)
+        del model.config._skipped_adapters  # of this checkpoint, and not of one that is saved from here
         model._settle_generation_config()
         return (model, info) if output_loading_info else model
 

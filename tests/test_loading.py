@@ -1,6 +1,7 @@
 """Checkpoints as they lie on disk: formats, dtypes, devices, faults, and the way back."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -293,3 +294,64 @@ def test_writing_a_checkpoint_is_what_loading_reads(tmp_path, family_model):
     directory = write_checkpoint(tmp_path / "2", "2", model_type="internlmxcomposer2")
     config = AutoConfig.from_pretrained(directory)
     assert type(config) is InternLMXcomposer2Config and config.version == "2"
+
+
+# ---- task adapters ----
+
+
+@pytest.mark.parametrize(
+    ("modes", "names"),
+    [(None, {"sft", "dpo", "web"}), (("web",), {"web"}), (["write"], {"sft", "dpo"}), ((), set())],
+)
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_only_the_adapters_asked_for_are_loaded(tmp_path, caplog, monkeypatch, kind, modes, names):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    write_published(tmp_path, recipe_state_dict("2d5"), published_config("2d5"), kind=kind)
+    whole = InternLMXComposer2ForCausalLM.from_pretrained(tmp_path)
+    model, info = InternLMXComposer2ForCausalLM.from_pretrained(
+        tmp_path, adapters=modes, output_loading_info=True
+    )
+    kept = {name: p for name, p in whole.named_parameters() if adapter_of(name) in {None, *names}}
+    found = dict(model.named_parameters())
+    assert found.keys() == kept.keys() and all(torch.equal(found[name], kept[name]) for name in found)
+    assert set(model.config.task_adapters) == names and not info["unexpected_keys"]
+    assert not any(record.levelname in ("WARNING", "ERROR") for record in caplog.records)
+    assert torch.equal(logits_of(model), logits_of(whole))
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert set(saved["text_config"]["task_adapters"]) == names and "_skipped_adapters" not in saved
+    again = InternLMXComposer2ForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits_of(again), logits_of(whole))
+
+
+def adapter_of(name: str) -> str | None:
+    """`web` of `...lora_web_A.weight`."""
+    return name.split(".lora_")[1].split("_")[0] if ".lora_" in name else None
+
+
+def test_a_mode_that_was_not_loaded_names_the_argument(checkpoint):
+    model = AutoModel.from_pretrained(checkpoint("2d5"), adapters=("web",))
+    ids = torch.tensor([[1, 8, 9]])
+    with torch.no_grad():
+        model(ids, infer_mode="web")
+        with pytest.raises(ValueError, match="'write' needs the adapters sft, dpo.*adapters"):
+            model(ids, infer_mode="write")
+
+
+@pytest.mark.parametrize(
+    ("adapters", "kind", "words"),
+    [
+        (("sft",), ValueError, "'sft'; adapters takes write and web"),
+        (("base",), ValueError, "'base'; adapters takes write and web"),
+        ("web", TypeError, "sequence of modes.*'web'"),
+        ((1,), TypeError, "sequence of modes"),
+    ],
+)
+def test_wrong_adapters_are_named(checkpoint, adapters, kind, words):
+    with pytest.raises(kind, match=words):
+        InternLMXComposer2ForCausalLM.from_pretrained(checkpoint("2d5"), adapters=adapters)
+
+
+def test_adapters_that_a_checkpoint_lacks_are_named(checkpoint):
+    with pytest.raises(ValueError, match="web.*this checkpoint has none"):
+        InternLMXComposer2ForCausalLM.from_pretrained(checkpoint("vl"), adapters=("web",))
