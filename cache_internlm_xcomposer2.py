@@ -36,8 +36,9 @@ class GrowingLayer(DynamicLayer):
         Raises:
             ValueError: the rows are not as many as before.
         """
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            return super().update(key_states, value_states, *args, **kwargs)  # a graph may need the old ones
+        needs_old = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if needs_old or torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.keys.shape[0] != key_states.shape[0]:

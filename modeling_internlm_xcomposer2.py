@@ -385,11 +385,9 @@ class InternLMXComposer2ForCausalLM(
         self, input_ids: Tensor, pixel_values: Tensor | None, im_mask: Tensor | None, cache: Cache | None
     ) -> None:
         """A prompt with places for pictures but no pictures is a mistake; a generated piece is not."""
-        if (
-            pixel_values is not None
-            or im_mask is not None
-            or (cache is not None and cache.get_seq_length() > 0)
-        ):
+        if pixel_values is not None or im_mask is not None or torch.compiler.is_compiling():
+            return
+        if cache is not None and cache.get_seq_length() > 0:
             return
         num_places = int((input_ids == self.config.image_token_id).sum())
         if num_places:
