@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -89,17 +90,22 @@ def has_file(source: str | os.PathLike, name: str, **hub_arguments) -> bool:
     return _find(source, name, hub_arguments) is not None
 
 
-def checkpoint_shapes(source: str | os.PathLike, **hub_arguments) -> dict[str, tuple[int, ...]]:
+def checkpoint_shapes(
+    source: str | os.PathLike | None, state_dict: dict | None = None, **hub_arguments
+) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a checkpoint, by name.
 
     Args:
         source: a directory, or a hub id, whose files then go through the hub's own cache.
+        state_dict: the tensors themselves, instead of a source.
         hub_arguments: those of `HUB_ARGUMENTS`.
 
     Raises:
         FileNotFoundError: no weights lie there, or not all of them.
         ValueError: a file of weights is truncated or damaged.
     """
+    if state_dict is not None:
+        return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     headers = read_headers(weight_paths(source, **hub_arguments))
     return {name: header.shape for name, header in headers.items()}
 
@@ -127,7 +133,8 @@ def weight_paths(source: str | os.PathLike, **hub_arguments) -> list[Path]:
         FileNotFoundError: no weights lie there, or shards are missing.
         ValueError: the index can't be read.
     """
-    for index, single in zip(INDEX_FILES, WEIGHT_FILES, strict=True):
+    for single in chain(WEIGHT_FILES, _packed_files(source, hub_arguments)):
+        index = f"{single}.index.json"
         if path := _find(source, single, hub_arguments):
             return [path]
         if path := _find(source, index, hub_arguments):
@@ -182,6 +189,14 @@ def _refuse_gaps(source: str | os.PathLike, missing: list[str], num_shards: int)
 def adopt_command(source: str | os.PathLike) -> str:
     """The line that makes a directory that can be loaded out of `source`."""
     return f"ixc2 adopt {shlex.quote(os.fspath(source))}"
+
+
+def _packed_files(source: str | os.PathLike, hub_arguments: dict) -> Iterator[str]:
+    """The names that GPTQ's packer gives to files of weights."""
+    if fields := quantize_fields(source, **hub_arguments):
+        usual = f"gptq_model-{fields.get('bits')}bit-{fields.get('group_size')}g"
+        for base in dict.fromkeys((fields.get("model_file_base_name") or usual, usual)):
+            yield from (f"{base}.safetensors", f"{base}.bin")
 
 
 def _find(source: str | os.PathLike, name: str, hub_arguments: dict) -> Path | None:
@@ -267,14 +282,25 @@ def asking_for_heads(source: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"{error}; with the N of its model card, run: {line}") from error
 
 
-def check_not_packed(shapes: dict, config, source) -> None:
-    """Raise `ValueError` for 4-bit weights that no quantiser has been named for."""
-    num_packed = sum(name.endswith(".qweight") for name in shapes)
-    if num_packed and getattr(config, "quantization_config", None) is None:
-        raise ValueError(
-            f"{source} holds {num_packed} packed weights (GPTQ or AWQ), which this package does not unpack, "
-            "and its config.json names no quantization_config; load the unquantised checkpoint"
-        )
+def checkpoint_tensors(source: str | os.PathLike, **hub_arguments) -> dict:
+    """Every tensor of a checkpoint by name, read from the file when it is indexed (`tensor[...]`).
+
+    The arguments and errors are those of `checkpoint_shapes`.
+    """
+    tensors: dict = {}
+    for path in weight_paths(source, **hub_arguments):
+        if path.suffix == ".safetensors":
+            file = safe_open(path, framework="pt")
+            tensors.update({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
+        else:
+            tensors.update(load_torch_file(path))
+    return tensors
+
+
+def quantize_fields(source: str | os.PathLike, **hub_arguments) -> dict:
+    """What `quantize_config.json` says, which lies beside GPTQ weights; empty without one."""
+    path = _find(source, "quantize_config.json", hub_arguments)
+    return json.loads(path.read_text(encoding="utf-8")) if path else {}
 
 
 def check_loading(info: dict, source) -> None:

@@ -20,7 +20,6 @@ from .checkpoint_internlm_xcomposer2 import (
     HUB_ARGUMENTS,
     asking_for_heads,
     check_loading,
-    check_not_packed,
     checkpoint_shapes,
     choose_adapters,
     read_config,
@@ -42,6 +41,7 @@ from .modeling_internlm2 import (
     check_image_mask,
     check_infer_mode,
 )
+from .packed_internlm_xcomposer2 import loading_arguments
 from .parallel_internlm_xcomposer2 import check_divisible, check_gatherable, same_draws, tensor_parallel_size
 from .prefix_internlm_xcomposer2 import (
     ends_in_text,
@@ -121,31 +121,30 @@ class InternLMXComposer2ForCausalLM(
     ):
         """Load a published checkpoint as it lies on disk, or one that `save_pretrained` wrote.
 
-        Sizes that `config.json` leaves out, and the version, are what the weights say.
+        Sizes that `config.json` leaves out, and the version, are what the weights say. GPTQ and AWQ weights
+        are unpacked.
 
         Args:
             adapters: for which inference modes (`"write"`, `"web"`) to load the task adapters, all that are
                 there by default. Others take no memory, and their modes are refused. `()` loads none.
 
         Raises:
-            ValueError: a tensor is missing or unknown (all are listed), or the directory holds another model,
+            ValueError: a tensor is missing, unknown or badly packed (they are listed), or the directory holds
+                another model,
                 or the processes that are to share it (`tp_plan`, `distributed_config`) can't do so evenly,
                 or `adapters` names a mode that the checkpoint lacks.
             FileNotFoundError: the directory holds no weights.
         """
         source = pretrained_model_name_or_path
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        quantization = kwargs.pop("quantization_config", None)
         if not isinstance(config, PreTrainedConfig):
             config, kwargs = read_config(cls.config_class, config or source, **kwargs)
             kwargs = {**kwargs, **hub_arguments}
-        state_dict = kwargs.get("state_dict")
-        shapes = (
-            checkpoint_shapes(source, **hub_arguments)
-            if state_dict is None
-            else {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-        )
+        shapes = checkpoint_shapes(source, kwargs.get("state_dict"), **hub_arguments)
+        path, shapes, config, kwargs = loading_arguments(source, shapes, config, quantization, kwargs)
         kwargs["key_mapping"] = {**PUBLISHED_KEYS, **(kwargs.get("key_mapping") or {})}
-        check_not_packed(shapes, config, source)
+        kwargs["quantization_config"] = quantization
         with asking_for_heads(source):
             config = config.complete_from_shapes(shapes)
         check_divisible(config.text_config, tensor_parallel_size(kwargs))
@@ -153,11 +152,12 @@ class InternLMXComposer2ForCausalLM(
         accept_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = True  # so that every fault is listed below, not only logged
         model, info = super().from_pretrained(
-            source, *model_args, config=config, output_loading_info=True, **kwargs
+            path, *model_args, config=config, output_loading_info=True, **kwargs
         )
         check_loading({**info, "mismatched_keys": () if accept_mismatch else info["mismatched_keys"]}, source)
         del model.config._skipped_adapters  # of this checkpoint, and not of one that is saved from here
         model._settle_generation_config()
+        model.name_or_path = model.config.name_or_path = str(source or "")
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:

@@ -177,16 +177,6 @@ def test_other_checkpoints_are_refused(tmp_path):
         AutoModel.from_pretrained(tmp_path)
 
 
-def test_packed_weights_without_a_quantiser_are_refused(tmp_path):
-    model = tiny_model("2.5")
-    weights = published_weights(model)
-    for name in [name for name in weights if name.endswith("w1.weight")]:
-        weights[name.replace(".weight", ".linear.qweight")] = weights.pop(name).int()
-    write_published(tmp_path, weights, flat_config(model))
-    with pytest.raises(ValueError, match="holds 2 packed weights.*quantization_config"):
-        AutoModel.from_pretrained(tmp_path)
-
-
 def test_a_lost_shard_is_named(tmp_path):
     model = tiny_model("2.5")
     write_published(tmp_path, published_weights(model), flat_config(model), shards=3)

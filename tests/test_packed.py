@@ -1,0 +1,372 @@
+"""GPTQ and AWQ checkpoints: the arithmetic, whole models in every layout on disk, and damaged files."""
+
+import json
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from helpers import FAMILIES, VERSION_OF_FAMILY, published_config, recipe_state_dict, tiny_config, tiny_model
+from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, packed_internlm_xcomposer2
+from internlm_xcomposer2.packed_internlm_xcomposer2 import packing_of, unpacked_shapes, unpacked_tensors
+from packers import awq_parts, dequantise, gptq_parts, groups_of, pack_checkpoint
+from safetensors.torch import load_file
+from test_loading import flat_config, logits_of, published_weights, write_published
+from transformers import AutoModel, GenerationConfig
+
+GPTQ_FIELDS = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}
+AWQ_FIELDS = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 16, "zero_point": True}
+
+
+def shapes_of(tensors):
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def unpack(parts, fields=None, dtype=torch.float32):
+    """One linear, unpacked by the package."""
+    tensors = {f"model.w.linear.{name}": value for name, value in parts.items()}
+    shapes = shapes_of(tensors)
+    packing = packing_of(shapes, {"quantization_config": fields})
+    plain = unpacked_tensors(tensors, shapes, packing, dtype)
+    assert shapes_of(plain) == unpacked_shapes(shapes, packing)
+    return plain["model.w.weight"][...]
+
+
+def random_numbers(outputs, inputs, groups, bits, seed=0):
+    rng = np.random.RandomState(seed)
+    integers = rng.randint(0, 2**bits, size=(inputs, outputs))
+    zeros = rng.randint(0, 2**bits, size=(groups.max() + 1, outputs))
+    scales = rng.uniform(0.001, 0.1, size=zeros.shape).astype(np.float16)
+    return integers, zeros, scales
+
+
+# ---- arithmetic ----
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("group_size", [32, 24, 256, -1])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("second_format", [False, True])
+def test_gptq(bits, group_size, act_order, second_format):
+    groups = groups_of(64, group_size, act_order)
+    integers, zeros, scales = random_numbers(48, 64, groups, bits)
+    if not second_format:
+        zeros = np.maximum(zeros, 1)
+    fields = {"bits": bits, "group_size": group_size, "quant_method": "gptq"}
+    if second_format:
+        fields["checkpoint_format"] = "gptq_v2"
+    expected = dequantise(integers, zeros, scales, groups)
+    for with_index in {True, act_order}:
+        parts = gptq_parts(
+            integers, zeros, scales, groups, bits, second_format=second_format, with_index=with_index
+        )
+        assert torch.equal(unpack(parts, fields), expected)
+        assert torch.equal(unpack(parts, fields, torch.bfloat16), expected.bfloat16())
+
+
+@pytest.mark.parametrize("group_size", [32, 24, 256, -1])
+def test_awq(group_size):
+    groups = groups_of(64, group_size)
+    numbers = random_numbers(40, 64, groups, 4)
+    fields = {"w_bit": 4, "q_group_size": group_size, "quant_method": "awq", "version": "GEMM"}
+    assert torch.equal(unpack(awq_parts(*numbers), fields), dequantise(*numbers, groups))
+
+
+def test_one_word_by_hand():
+    """Nibbles 1 to 8, the lowest first: inputs of an output in GPTQ, shuffled outputs of an input in AWQ."""
+    word, scale = torch.tensor([[0x7654321 + (8 << 28) - (1 << 32)]], dtype=torch.int32), torch.ones
+    zeros = torch.full((1, 1), 0x11111111, dtype=torch.int32)
+    gptq = {
+        "qweight": word.expand(1, 8),
+        "qzeros": zeros,
+        "scales": scale(1, 8).half(),
+        "g_idx": torch.zeros(8).int(),
+    }
+    assert unpack(gptq)[0].tolist() == [-1, 0, 1, 2, 3, 4, 5, 6]  # less 1 + 1
+    awq = {"qweight": word, "qzeros": zeros, "scales": scale(1, 8).half()}
+    assert unpack(awq)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]  # less 1
+
+
+def test_large_weights_are_unpacked_in_pieces(monkeypatch):
+    groups = groups_of(96, 32, act_order=True)
+    numbers = random_numbers(64, 96, groups, 4)
+    numbers = numbers[0], np.maximum(numbers[1], 1), numbers[2]
+    parts = gptq_parts(*numbers, groups, 4)
+    whole = unpack(parts), unpack(awq_parts(*numbers))
+    monkeypatch.setattr(packed_internlm_xcomposer2, "_BLOCK", 1500)
+    assert torch.equal(unpack(parts), whole[0]) and torch.equal(unpack(awq_parts(*numbers)), whole[1])
+
+
+# ---- whole models ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_families_equal_plain_ones(tmp_path, family):
+    """Version 2 as GPTQ with activation order, 2.5 as AWQ: the logits are those of the values packed."""
+    method = "awq" if VERSION_OF_FAMILY[family] == "2.5" else "gptq"
+    packed, plain = pack_checkpoint(recipe_state_dict(family), method, act_order=method == "gptq")
+    fields = {"quantization_config": AWQ_FIELDS if method == "awq" else GPTQ_FIELDS | {"desc_act": True}}
+    config = published_config(family)
+    write_published(tmp_path / "packed", packed, {**config, **fields})
+    write_published(tmp_path / "plain", plain, config)
+    model = AutoModel.from_pretrained(tmp_path / "packed", dtype="float32")
+    expected = AutoModel.from_pretrained(tmp_path / "plain", dtype="float32")
+    assert getattr(model, "hf_quantizer", None) is None and not hasattr(model.config, "quantization_config")
+    assert torch.equal(logits_of(model), logits_of(expected))
+    original = logits_of(
+        AutoModel.from_pretrained(write_published(tmp_path, recipe_state_dict(family), config))
+    )
+    assert not torch.equal(logits_of(model), original)
+
+
+def expected_logits(plain, fields):
+    model = InternLMXComposer2ForCausalLM.from_pretrained(
+        None,
+        config=InternLMXComposer2ForCausalLM.config_class.from_dict(fields),
+        state_dict=plain,
+        dtype="float32",
+    )
+    return logits_of(model)
+
+
+@pytest.fixture(scope="module")
+def tiny_packed():
+    """A tiny model of 2.5 with adapters, packed: the checkpoint, its configuration and the right logits."""
+    model = tiny_model("2.5", task_adapters={"sft": 3, "dpo": 2, "web": 5})
+    packed, plain = pack_checkpoint(published_weights(model), "gptq")
+    return packed, flat_config(model), expected_logits(plain, flat_config(model))
+
+
+@pytest.mark.parametrize(("kind", "shards"), [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 2)])
+def test_every_file_format(tmp_path, tiny_packed, kind, shards):
+    packed, fields, expected = tiny_packed
+    write_published(tmp_path, packed, fields, shards=shards, kind=kind)
+    GenerationConfig(max_new_tokens=7).save_pretrained(tmp_path)
+    model, info = AutoModel.from_pretrained(tmp_path, dtype="float32", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.task_adapters == {"sft": 3, "dpo": 2, "web": 5}
+    assert model.generation_config.max_new_tokens == 7 and model.name_or_path == str(tmp_path)
+    assert torch.equal(logits_of(model), expected)
+    web = model(torch.tensor([[1, 50, 60]]), infer_mode="web").logits
+    assert not torch.equal(web, model(torch.tensor([[1, 50, 60]])).logits)
+
+
+@pytest.mark.parametrize("base", ["gptq_model-4bit-16g", "named"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_names_of_the_packer(tmp_path, tiny_packed, base, kind):
+    """`quantize_config.json` beside weights under names of its own, the configuration silent."""
+    packed, fields, expected = tiny_packed
+    write_published(tmp_path, packed, fields, kind=kind)
+    written = tmp_path / ("model.safetensors" if kind == "safetensors" else "pytorch_model.bin")
+    written.rename(tmp_path / f"{base}.{kind}")
+    says = {"bits": 4, "group_size": 16, "desc_act": False, "sym": True}
+    says |= {"model_file_base_name": "named"} if base == "named" else {}
+    (tmp_path / "quantize_config.json").write_text(json.dumps(says))
+    model = AutoModel.from_pretrained(tmp_path, dtype="float32")
+    assert torch.equal(logits_of(model), expected)
+    (tmp_path / "quantize_config.json").write_text(json.dumps({**says, "group_size": 8}))
+    with pytest.raises((ValueError, FileNotFoundError), match="not groups of 8|no weights"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["", ".linear"])
+def test_awq_names(tmp_path, suffix):
+    model = tiny_model("2.5")
+    packed, plain = pack_checkpoint(published_weights(model), "awq", suffix=suffix)
+    write_published(tmp_path, packed, {**flat_config(model), "quantization_config": AWQ_FIELDS})
+    loaded = AutoModel.from_pretrained(tmp_path, dtype="float32")
+    assert torch.equal(logits_of(loaded), expected_logits(plain, flat_config(model)))
+
+
+def test_a_state_dict(tiny_packed):
+    packed, fields, expected = tiny_packed
+    before = {name: value.clone() for name, value in packed.items()}
+    config = InternLMXComposer2ForCausalLM.config_class.from_dict(
+        {**fields, "quantization_config": GPTQ_FIELDS}
+    )
+    model = InternLMXComposer2ForCausalLM.from_pretrained(
+        None, config=config, state_dict=packed, dtype="float32"
+    )
+    assert torch.equal(logits_of(model), expected)
+    assert config.quantization_config == GPTQ_FIELDS
+    assert packed.keys() == before.keys() and all(torch.equal(packed[name], before[name]) for name in packed)
+
+
+def test_saving_writes_a_plain_published_checkpoint(tmp_path, tiny_packed):
+    packed, fields, expected = tiny_packed
+    write_published(tmp_path / "packed", packed, {**fields, "quantization_config": GPTQ_FIELDS})
+    model = AutoModel.from_pretrained(tmp_path / "packed", dtype="float32")
+    model.save_pretrained(tmp_path / "plain")
+    saved = load_file(tmp_path / "plain" / "model.safetensors")
+    assert {name for name in saved if "linear" in name or "qweight" in name} == set()
+    assert saved["model.layers.1.feed_forward.w2.weight"].shape == (32, 64)
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    again = AutoModel.from_pretrained(tmp_path / "plain")
+    assert torch.equal(logits_of(again), expected)
+
+
+def test_dtypes(tmp_path, tiny_packed):
+    packed, fields, _ = tiny_packed
+    halves = {name: value.half() if value.is_floating_point() else value for name, value in packed.items()}
+    write_published(tmp_path, halves, {**fields, "torch_dtype": "bfloat16"})
+    for arguments, dtype in (
+        ({}, torch.bfloat16),
+        ({"dtype": "float16"}, torch.float16),
+        ({"torch_dtype": torch.float32}, torch.float32),
+    ):
+        model = AutoModel.from_pretrained(tmp_path, **arguments)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    write_published(tmp_path, halves, fields)
+    assert AutoModel.from_pretrained(tmp_path, dtype="auto").dtype == torch.float16
+
+
+def test_disk_offload(tmp_path, tiny_packed):
+    packed, fields, expected = tiny_packed
+    write_published(tmp_path / "packed", packed, fields)
+    places = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload"}
+    model = AutoModel.from_pretrained(tmp_path / "packed", dtype="float32", **places)
+    assert model.device.type == "meta"
+    assert torch.equal(logits_of(model), expected)
+
+
+def test_biases_of_zeros_are_dropped_and_others_are_not(tmp_path, tiny_packed):
+    packed, fields, expected = tiny_packed
+    name = "model.layers.0.attention.wo.linear.bias"
+    write_published(tmp_path, {**packed, name: torch.zeros(32)}, fields)
+    model = AutoModel.from_pretrained(tmp_path, dtype="float32")
+    assert torch.equal(logits_of(model), expected)
+    write_published(tmp_path, {**packed, name: torch.ones(32)}, fields)
+    with pytest.raises(ValueError, match=r"1 unexpected: model\.layers\.0\.attention\.wo\.linear\.bias"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def count_unpacked(monkeypatch):
+    """The address of every weight as it is unpacked, and how many earlier ones were in memory then."""
+    unpack_gptq, arrays = packed_internlm_xcomposer2.unpack_gptq, []
+    addresses, alive = [], []
+
+    def counting(*args):
+        alive.append(sum(array() is not None for array in arrays))
+        array = unpack_gptq(*args).numpy().copy()  # lives as long as the storage of the tensor over it
+        arrays.append(weakref.ref(array))
+        addresses.append(array.ctypes.data)
+        return torch.from_numpy(array)
+
+    monkeypatch.setattr(packed_internlm_xcomposer2, "unpack_gptq", counting)
+    return addresses, alive
+
+
+def test_each_weight_is_unpacked_once_and_not_copied(tmp_path, tiny_packed, monkeypatch):
+    packed, fields, _ = tiny_packed
+    write_published(tmp_path, packed, fields)
+    addresses, _ = count_unpacked(monkeypatch)
+    model = AutoModel.from_pretrained(tmp_path, dtype="float32")
+    linears = [module for name, module in model.named_modules() if name.endswith(".linear")]
+    assert len(addresses) == 10
+    assert {linear.weight.data_ptr() for linear in linears} == set(addresses)
+
+
+def test_quantising_again_holds_one_plain_weight_at_a_time(tmp_path, tiny_packed, monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    packed, fields, _ = tiny_packed
+    write_published(tmp_path, packed, {**fields, "quantization_config": GPTQ_FIELDS})
+    addresses, alive = count_unpacked(monkeypatch)
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModel.from_pretrained(tmp_path, dtype="float32", quantization_config=config)
+    linears = [module for name, module in model.named_modules() if name.endswith(".linear")]
+    assert all(isinstance(linear, bitsandbytes.nn.Linear8bitLt) for linear in linears)
+    assert len(addresses) == 10 and max(alive) <= 1
+
+
+# ---- what a checkpoint says, and damaged ones ----
+
+
+def test_packing_of_the_published_layouts():
+    gptq = {
+        "model.layers.0.attention.wqkv.linear.qweight": (512, 6144),
+        "model.layers.0.attention.wqkv.linear.qzeros": (32, 768),
+        "model.layers.0.attention.wqkv.linear.scales": (32, 6144),
+        "model.layers.0.attention.wqkv.linear.g_idx": (4096,),
+        "model.layers.0.attention.wqkv.Plora_A.weight": (256, 4096),
+    }
+    packing = packing_of(gptq)
+    assert (packing.method, packing.bits, packing.group_size, packing.zero_offset) == ("gptq", 4, None, 1)
+    plain = unpacked_shapes(gptq, packing)
+    assert plain["model.layers.0.attention.wqkv.weight"] == (6144, 4096) and len(plain) == 2
+    awq = {
+        "model.layers.0.feed_forward.w2.qweight": (14336, 512),
+        "model.layers.0.feed_forward.w2.qzeros": (112, 512),
+        "model.layers.0.feed_forward.w2.scales": (112, 4096),
+    }
+    packing = packing_of(awq, tiny_config(quantization_config={**AWQ_FIELDS, "group_size": 128}))
+    assert (packing.method, packing.bits, packing.group_size, packing.zero_offset) == ("awq", 4, 128, 0)
+    assert unpacked_shapes(awq, packing) == {"model.layers.0.feed_forward.w2.weight": (4096, 14336)}
+    assert packing_of({"model.norm.weight": (8,)}, tiny_config()) is None
+
+
+def test_damaged_checkpoints_are_refused_with_their_names(tmp_path, tiny_packed):
+    packed, fields, _ = tiny_packed
+    linear = "model.layers.1.feed_forward.w2.linear"
+    lost = {
+        name: value for name, value in packed.items() if name not in (f"{linear}.scales", f"{linear}.qzeros")
+    }
+    short = {**packed, f"{linear}.qweight": packed[f"{linear}.qweight"][:-1]}
+    narrow = {**packed, f"{linear}.scales": packed[f"{linear}.scales"][:, :-8].clone()}
+    flat = {**packed, f"{linear}.scales": packed[f"{linear}.scales"].flatten()}
+    floats = {**packed, f"{linear}.qweight": packed[f"{linear}.qweight"].float()}
+    beyond = {**packed, f"{linear}.g_idx": packed[f"{linear}.g_idx"] + 1}
+    for damaged, match in (
+        (lost, rf"2 tensors lack: {linear}\.qzeros, {linear}\.scales"),
+        (short, rf"1 packed weights are damaged: {linear}\.g_idx is \(64,\)"),
+        (narrow, rf"damaged: {linear}\.qweight is \(8, 32\), where scales \(4, 24\) ask for \(8, 24\)"),
+        (flat, rf"damaged: {linear}\.scales is \(128,\)"),
+        (floats, rf"1 packed tensors are not of 32-bit integers: {linear}\.qweight"),
+        (beyond, rf"{linear}\.g_idx names groups 1 to 4 of 4"),
+    ):
+        write_published(tmp_path, damaged, fields)
+        with pytest.raises(ValueError, match=match):
+            AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"bits": 8}, r"says gptq with 8 bits, but the shapes of .* are those of gptq with 4"),
+        ({"quant_method": "awq"}, "says awq with 4 bits, but .* those of gptq with 4"),
+        ({"quant_method": "exl2"}, "says exl2 with 4 bits"),
+        ({"checkpoint_format": "marlin"}, "gptq in the marlin layout can't be unpacked"),
+        ({"group_size": 64}, "in 2 groups, which are not groups of 64"),
+    ],
+)
+def test_configurations_that_do_not_fit(tmp_path, tiny_packed, fields, match):
+    packed, config, _ = tiny_packed
+    write_published(tmp_path, packed, {**config, "quantization_config": {**GPTQ_FIELDS, **fields}})
+    with pytest.raises(ValueError, match=match):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_layouts_that_can_not_be_unpacked():
+    three = {"w.qweight": (12, 64), "w.qzeros": (4, 6), "w.scales": (4, 64), "w.g_idx": (128,)}
+    with pytest.raises(ValueError, match="gptq with 3 bits can't be unpacked, only with 2 or 4 or 8"):
+        packing_of(three)
+    gemv = {"w.qweight": (64, 16), "w.qzeros": (64, 1), "w.scales": (64, 8)}
+    with pytest.raises(ValueError, match="fit neither GPTQ nor AWQ"):
+        packing_of(gemv, {"quant_method": "awq", "version": "gemv"})
+    with pytest.raises(ValueError, match="awq in the gemv layout"):
+        packing_of(
+            {"w.qweight": (32, 4), "w.qzeros": (1, 4), "w.scales": (1, 32)},
+            {"quantization_config": {"quant_method": "awq", "version": "GEMV"}},
+        )
+    uneven = {"w.qweight": (100, 4), "w.qzeros": (3, 4), "w.scales": (3, 32)}
+    with pytest.raises(ValueError, match="100 inputs in 3 groups; name the group_size"):
+        packing_of(uneven)
+
+
+def test_gptq_for_transformers_itself_is_left_to_it(tmp_path, tiny_packed):
+    """A caller who names that quantiser gets its errors, and its packages are not installed here."""
+    packed, fields, _ = tiny_packed
+    write_published(tmp_path, packed, {**fields, "quantization_config": GPTQ_FIELDS})
+    with pytest.raises((ImportError, RuntimeError), match="optimum|gptqmodel"):
+        AutoModel.from_pretrained(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
