@@ -50,6 +50,7 @@ from .prefix_internlm_xcomposer2 import (
     prefills_once,
     start_generation,
 )
+from .quantization_internlm_xcomposer2 import quantizer_argument, saving_quantized, settle_quantized
 from .visual_internlm_xcomposer2 import check_grids, num_tokens_of_grid
 from .writing_internlm_xcomposer2 import WritingMixin
 
@@ -122,22 +123,22 @@ class InternLMXComposer2ForCausalLM(
         """Load a published checkpoint as it lies on disk, or one that `save_pretrained` wrote.
 
         Sizes that `config.json` leaves out, and the version, are what the weights say. GPTQ and AWQ weights
-        are unpacked.
+        are unpacked. `quantization_config` quantises the decoder's plain linears alone.
 
         Args:
             adapters: for which inference modes (`"write"`, `"web"`) to load the task adapters, all that are
                 there by default. Others take no memory, and their modes are refused. `()` loads none.
 
         Raises:
-            ValueError: a tensor is missing, unknown or badly packed (they are listed), or the directory holds
-                another model,
-                or the processes that are to share it (`tp_plan`, `distributed_config`) can't do so evenly,
-                or `adapters` names a mode that the checkpoint lacks.
+            ValueError: a tensor is missing, unknown or badly packed (they are listed), the directory holds
+                another model, the quantiser can't work on this device, the processes that are to share the
+                model (`tp_plan`, `distributed_config`) can't do so evenly, or `adapters` names a mode that
+                the checkpoint lacks.
             FileNotFoundError: the directory holds no weights.
         """
         source = pretrained_model_name_or_path
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        quantization = kwargs.pop("quantization_config", None)
+        quantization = quantizer_argument(kwargs.pop("quantization_config", None), kwargs.get("device_map"))
         if not isinstance(config, PreTrainedConfig):
             config, kwargs = read_config(cls.config_class, config or source, **kwargs)
             kwargs = {**kwargs, **hub_arguments}
@@ -158,18 +159,22 @@ class InternLMXComposer2ForCausalLM(
         del model.config._skipped_adapters  # of this checkpoint, and not of one that is saved from here
         model._settle_generation_config()
         model.name_or_path = model.config.name_or_path = str(source or "")
+        settle_quantized(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Write the checkpoint, under the published names where the weights are not quantised.
 
         Raises:
-            ValueError: several processes share the model, and this transformers can't put it together again.
+            ValueError: the quantised weights have no form in a file, or several processes share the model, and
+                this transformers can't put it together again; nothing is written.
         """
         check_gatherable(self)
-        if getattr(self, "hf_quantizer", None) is not None:
-            kwargs["save_original_format"] = False
-        super().save_pretrained(save_directory, **kwargs)
+        if getattr(self, "hf_quantizer", None) is None:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        with saving_quantized(self):
+            super().save_pretrained(save_directory, **{**kwargs, "save_original_format": False})
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

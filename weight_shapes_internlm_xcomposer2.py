@@ -12,7 +12,8 @@ class WeightShapes:
     """Shapes by name, blind to whether a linear is stored plain, wrapped (`.linear`) or quantised."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.shapes = {plain_name(name): tuple(shape) for name, shape in shapes.items()}
+        plain = {name: s for name, s in shapes.items() if f"{name}.absmax" not in shapes}  # not bitsandbytes'
+        self.shapes = {plain_name(name): tuple(shape) for name, shape in plain.items()}
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
         if name not in self.shapes:
