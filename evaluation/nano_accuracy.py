@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from tools.nano.fonts import find_fonts  # noqa: E402
 from tools.nano.questions import ABILITIES  # noqa: E402
 from tools.nano.samples import Sample, draw_sample  # noqa: E402
+from tools.quantizations import QUANTIZATIONS, quantization_config  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,6 +36,10 @@ def parse_arguments() -> argparse.Namespace:
         "--model", default=str(ROOT), help="folder of the checkpoint; this repository by default"
     )
     parser.add_argument("--fonts", nargs="*", help="folders of fonts; /usr/share/fonts by default")
+    parser.add_argument("--dtype", default="auto", help="of the weights; the checkpoint's own by default")
+    parser.add_argument(
+        "--quantization", choices=QUANTIZATIONS, help="quantise the decoder's linears; needs '.[quant]'"
+    )
     parser.add_argument("--abilities", nargs="*", default=ABILITIES, choices=ABILITIES)
     parser.add_argument("--show-errors", action="store_true", help="print every wrong answer")
     parser.add_argument("--keep", type=Path, help="folder in which to keep the pictures")
@@ -82,10 +87,14 @@ def percent(outcomes: list[bool]) -> float:
 def main() -> None:
     arguments = parse_arguments()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
-    model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True).eval()
+    quantizer = quantization_config(arguments.quantization) if arguments.quantization else None
+    model = AutoModel.from_pretrained(
+        arguments.model, trust_remote_code=True, dtype=arguments.dtype, quantization_config=quantizer
+    ).eval()
     result = {"samples": arguments.samples, "seed": arguments.seed, "device": str(model.device)}
     result |= {
         "dtype": str(model.dtype),
+        "quantization": arguments.quantization,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
