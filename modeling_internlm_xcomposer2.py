@@ -14,7 +14,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 from transformers.utils import can_return_tuple
 
 from .build_mlp import build_projector, build_vision_projector, build_vision_tower
-from .cache_internlm_xcomposer2 import GrowingCache, GrowingCacheMixin
 from .chat_internlm_xcomposer2 import ChatMixin
 from .checkpoint_internlm_xcomposer2 import (
     HUB_ARGUMENTS,
@@ -32,24 +31,17 @@ from .embedding_methods_internlm_xcomposer2 import get_stopping_criteria as get_
 from .embedding_methods_internlm_xcomposer2 import image_extensions as image_extensions
 from .embedding_methods_internlm_xcomposer2 import set_random_seed as set_random_seed
 from .embedding_methods_internlm_xcomposer2 import video_extensions as video_extensions
+from .generation_internlm_xcomposer2 import GenerateMixin
 from .image_processing_internlm_xcomposer2 import VisProcessor
 from .ixc_utils import get_font
 from .modeling_internlm2 import (
     InternLM2Model,
     InternLM2PreTrainedModel,
     check_attention,
-    check_image_mask,
     check_infer_mode,
 )
 from .packed_internlm_xcomposer2 import loading_arguments
-from .parallel_internlm_xcomposer2 import check_divisible, check_gatherable, same_draws, tensor_parallel_size
-from .prefix_internlm_xcomposer2 import (
-    ends_in_text,
-    is_assisted,
-    num_copies,
-    prefills_once,
-    start_generation,
-)
+from .parallel_internlm_xcomposer2 import check_divisible, check_gatherable, tensor_parallel_size
 from .quantization_internlm_xcomposer2 import quantizer_argument, saving_quantized, settle_quantized
 from .visual_internlm_xcomposer2 import check_grids, num_tokens_of_grid
 from .writing_internlm_xcomposer2 import WritingMixin
@@ -62,7 +54,7 @@ class InternLMXComposer2ForCausalLM(
     ChatMixin,
     WritingMixin,
     EmbeddingMethodsMixin,
-    GrowingCacheMixin,
+    GenerateMixin,
     InternLM2PreTrainedModel,
     GenerationMixin,
 ):
@@ -166,8 +158,8 @@ class InternLMXComposer2ForCausalLM(
         """Write the checkpoint, under the published names where the weights are not quantised.
 
         Raises:
-            ValueError: the quantised weights have no form in a file, or several processes share the model, and
-                this transformers can't put it together again; nothing is written.
+            ValueError: the quantised weights have no form in a file, or this transformers can't put together
+                what several processes share; nothing is written.
         """
         check_gatherable(self)
         if getattr(self, "hf_quantizer", None) is None:
@@ -397,119 +389,3 @@ class InternLMXComposer2ForCausalLM(
         num_places = int((input_ids == self.config.image_token_id).sum())
         if num_places:
             raise ValueError(f"the prompt reserves {num_places} image tokens but no pixel_values were given")
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        im_mask: Tensor | None = None,
-        infer_mode: str = "base",
-        **kwargs,
-    ) -> dict:
-        """What one step of `generate` passes to `forward`: the mask and pictures in the first step only."""
-        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
-        if inputs_embeds is not None and is_prefill and input_ids.shape[1] > inputs_embeds.shape[1]:
-            # In assisted generation the candidates stand after the prompt already.
-            num_candidates = input_ids.shape[1] - inputs_embeds.shape[1]
-            candidates = self.model.tok_embeddings(input_ids[:, -num_candidates:])
-            inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds.device)], dim=1)
-            im_mask = None if im_mask is None else nn.functional.pad(im_mask, (0, num_candidates))
-        if inputs_embeds is not None and not is_prefill and inputs_embeds.shape[1] == 1:
-            kwargs["next_sequence_length"] = 1  # the last token of a prompt that is computed already
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        inputs["infer_mode"] = infer_mode
-        current = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
-        if is_prefill or inputs.get("inputs_embeds") is not None:
-            inputs["im_mask"] = None if im_mask is None else im_mask[:, -current.shape[1] :]
-        if not is_prefill:
-            inputs.pop("pixel_values", None)
-            inputs.pop("image_grid_hw", None)
-        return inputs
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *args,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_hw: Tensor | None = None,
-        im_mask: Tensor | None = None,
-        **kwargs,
-    ):
-        """As in transformers, with pictures, which are encoded once whatever the number of beams.
-
-        With `inputs_embeds` alone the result begins with BOS and `max_length` counts BOS and new tokens, as
-        clients of the published code expect; with ids it holds prompt and answer.
-
-        Raises:
-            ValueError: pictures and prompt don't match, or the checkpoint lacks what `infer_mode` needs.
-        """
-        check_infer_mode(kwargs.get("infer_mode", "base"), self.config.text_config)
-        ids = inputs if input_ids is None else input_ids
-        if pixel_values is not None:
-            if ids is None:
-                raise ValueError("pixel_values need input_ids, in which each picture has its image tokens")
-            ids = ids.to(self.input_device)
-            inputs_embeds, im_mask = self.embed_inputs(ids, pixel_values, image_grid_hw, im_mask)
-            kwargs.setdefault("attention_mask", torch.ones_like(ids))
-        elif inputs_embeds is not None and ids is None:
-            if is_assisted(kwargs):
-                raise ValueError("assisted generation guesses from ids; pass input_ids beside inputs_embeds")
-            ids, kwargs = self._published_generate_arguments(inputs_embeds, kwargs)
-        if im_mask is not None and inputs_embeds is not None:
-            check_image_mask(im_mask, inputs_embeds)
-        if im_mask is not None:
-            kwargs["im_mask"] = im_mask.to(self.input_device).bool()
-        if inputs_embeds is not None:
-            kwargs["inputs_embeds"] = inputs_embeds
-        if not args and num_copies(self, kwargs) > 1:
-            kwargs = self._prefill_before_copies(ids, kwargs)
-        with same_draws(self):
-            return super().generate(ids, *args, **kwargs)
-
-    def _prefill_before_copies(self, ids: Tensor | None, kwargs: dict) -> dict:
-        """`generate`'s arguments with the prompt computed once, not for each beam or sample."""
-        embeds, mask, im_mask = (kwargs.get(name) for name in ("inputs_embeds", "attention_mask", "im_mask"))
-        with_ids = embeds is None or (ids is not None and ids.shape[1] == embeds.shape[1])
-        if embeds is None:
-            embeds = None if ids is None else self.model.tok_embeddings(ids.to(self.input_device))
-        if embeds is None or not prefills_once(self, kwargs) or not ends_in_text(embeds, mask, im_mask):
-            return kwargs
-        mask = torch.ones_like(embeds[..., 0], dtype=torch.long) if mask is None else mask
-        padding = None if mask.bool().all() else mask
-        started = start_generation(
-            self,
-            GrowingCache(self.config),
-            inputs_embeds=embeds,
-            attention_mask=padding,
-            im_mask=im_mask,
-            infer_mode=kwargs.get("infer_mode", "base"),
-            kwargs=kwargs,
-        )
-        if with_ids:
-            started["inputs_embeds"] = None
-        return {**kwargs, **started, "attention_mask": mask, "im_mask": None}
-
-    def _published_generate_arguments(self, inputs_embeds: Tensor, kwargs: dict) -> tuple[Tensor, dict]:
-        """The BOS column that old sequences begin with, and today's arguments for old ones."""
-        kwargs = dict(kwargs)
-        batch, length = inputs_embeds.shape[:2]
-        bos = kwargs.get("bos_token_id") or self.config.text_config.bos_token_id
-        if kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = torch.ones(
-                batch, length, dtype=torch.long, device=inputs_embeds.device
-            )
-        max_length = kwargs.pop("max_length", None)
-        if max_length is not None and kwargs.get("max_new_tokens") is None:
-            kwargs["max_new_tokens"] = max(1, max_length - 1)
-        return torch.full((batch, 1), bos, device=inputs_embeds.device), kwargs
