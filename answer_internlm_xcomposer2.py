@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import (
     BatchEncoding,
     GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
 )
 from transformers.cache_utils import Cache
 
 from .cache_internlm_xcomposer2 import GrowingCache
+from .generation_internlm_xcomposer2 import RowPenalty, as_list
 from .ixc_utils import check_hd_num
 from .parallel_internlm_xcomposer2 import same_draws
 from .prefix_internlm_xcomposer2 import (
@@ -201,7 +201,7 @@ class AnswerMixin:
         start = 0 if cache is None else cache.get_seq_length()
         kwargs["attention_mask"] = torch.ones_like(ids) if mask is None else mask
         if kwargs.get("streamer") is not None and not isinstance(kwargs["streamer"], AnswerStreamer):
-            kwargs["streamer"] = EndMarkFilter(kwargs["streamer"], kwargs.get("eos_token_id") or ())
+            kwargs["streamer"] = EndMarkFilter(kwargs["streamer"], as_list(kwargs.get("eos_token_id")))
         embeds, im_mask = self._embed_behind(inputs, start)
         if cache is not None:
             prompt = {"inputs_embeds": embeds, "attention_mask": mask, "im_mask": im_mask}
@@ -236,29 +236,6 @@ class Capture:
     cache: Cache
     tokens: Sequence[Hashable]
     origin: Hashable
-
-
-class RowPenalty(LogitsProcessor):
-    """The repetition penalty (arXiv:1909.05858) over generated tokens, and over the prompts of some rows.
-
-    Padding counts nowhere, and beams share the prompt of their row.
-
-    Args:
-        prompts: per row the ids that count from the start.
-    """
-
-    def __init__(self, penalty: float, prompts: Sequence[Sequence[int]]) -> None:
-        self.penalty, self.prompts = penalty, prompts
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(rows, new tokens) ids and (rows, vocabulary) scores -> scores."""
-        copies = len(scores) // len(self.prompts)
-        seen = torch.zeros_like(scores, dtype=torch.bool)
-        for row, prompt in enumerate(self.prompts):
-            seen[row * copies : (row + 1) * copies, list(prompt)] = True
-        seen.scatter_(1, input_ids, True)
-        penalised = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
-        return torch.where(seen, penalised, scores)
 
 
 def penalise_rows(inputs: dict, kwargs: dict) -> dict:

@@ -6,6 +6,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from .answer_internlm_xcomposer2 import AnswerMixin, ChatPrompt
+from .generation_internlm_xcomposer2 import as_list
 from .modeling_internlm2 import check_infer_mode
 from .prefix_internlm_xcomposer2 import ChatHistory, PromptCache, num_copies, prefills_once
 from .prompt_internlm_xcomposer2 import END_OF_TURN, META_INSTRUCTION, History, check_turns, cut_response
@@ -186,9 +187,9 @@ class ChatMixin(AnswerMixin):
             own = {"stopping_criteria": [*(settings.get("stopping_criteria") or []), *criteria]}
             return self._answer(prompt, history, reuse, {**settings, **own, "streamer": streamer})[1]
 
-        stops = settings["eos_token_id"]
-        stops = [stops] if isinstance(stops, int) else stops
-        return ChatStream(AnswerStreamer(tokenizer, stops), generate, query, turns)
+        return ChatStream(
+            AnswerStreamer(tokenizer, as_list(settings["eos_token_id"])), generate, query, turns
+        )
 
     def stream_chat(
         self,

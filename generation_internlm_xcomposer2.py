@@ -1,7 +1,10 @@
 """`generate` with pictures: encoded and prefilled once, whatever the number of beams; old clients' forms."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 
 from .cache_internlm_xcomposer2 import GrowingCache, GrowingCacheMixin
@@ -12,6 +15,7 @@ from .prefix_internlm_xcomposer2 import (
     is_assisted,
     num_copies,
     prefills_once,
+    setting,
     start_generation,
 )
 
@@ -133,4 +137,39 @@ class GenerateMixin(GrowingCacheMixin):
         max_length = kwargs.pop("max_length", None)
         if max_length is not None and kwargs.get("max_new_tokens") is None:
             kwargs["max_new_tokens"] = max(1, max_length - 1)
+        penalty = setting(self, kwargs, "repetition_penalty") or 1.0
+        if penalty != 1.0 and not torch.as_tensor(kwargs["attention_mask"]).all():
+            # The library's own skips as many new tokens as a row has padding.
+            kwargs["logits_processor"] = LogitsProcessorList(
+                [RowPenalty(penalty, [[]] * batch), *(kwargs.get("logits_processor") or [])]
+            )
+            kwargs["repetition_penalty"] = 1.0
         return torch.full((batch, 1), bos, device=inputs_embeds.device), kwargs
+
+
+class RowPenalty(LogitsProcessor):
+    """The repetition penalty (arXiv:1909.05858) over generated tokens, and over the prompts of some rows.
+
+    Padding counts nowhere, and beams share the prompt of their row.
+
+    Args:
+        prompts: per row the ids that count from the start.
+    """
+
+    def __init__(self, penalty: float, prompts: Sequence[Sequence[int]]) -> None:
+        self.penalty, self.prompts = penalty, prompts
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(rows, new tokens) ids and (rows, vocabulary) scores -> scores."""
+        copies = len(scores) // len(self.prompts)
+        seen = torch.zeros_like(scores, dtype=torch.bool)
+        for row, prompt in enumerate(self.prompts):
+            seen[row * copies : (row + 1) * copies, list(prompt)] = True
+        seen.scatter_(1, input_ids, True)
+        penalised = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
+        return torch.where(seen, penalised, scores)
+
+
+def as_list(ids: int | Sequence[int] | Tensor | None) -> list[int]:
+    """One id, several or none, as `generate` takes them, as a list."""
+    return [] if ids is None else torch.as_tensor(ids).flatten().tolist()

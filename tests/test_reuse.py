@@ -297,3 +297,20 @@ def test_beams_prefill_once(model, settings, way):
     assert runs[0] == (2 * copies, longest)
     assert torch.equal(once.sequences, expected.sequences)
     torch.testing.assert_close(once.sequences_scores, expected.sequences_scores, rtol=0, atol=1e-5)
+
+
+def test_a_padded_batch_of_embeddings_is_penalised_like_single_rows(model):
+    rows = [prompt_with_pictures(model, [(1, 1)], seed) for seed in range(2)]
+    rows[1] = rows[1] + rows[1][-3:] * 4
+    longest = max(len(row) for row in rows)
+    pixel_values, grids = random_pictures(model, [(1, 1), (1, 1)])
+    ask = {"do_sample": False, "max_new_tokens": 12, "repetition_penalty": 1.5, "pad_token_id": 2}
+    batch = torch.tensor([[2] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows])
+    embeds, im_mask = model.embed_inputs(batch, pixel_values, grids)
+    together = model.generate(inputs_embeds=embeds, im_mask=im_mask, attention_mask=mask, **ask)
+    for row, start, answer in zip(range(2), mask.long().argmax(1).tolist(), together.tolist(), strict=True):
+        alone = model.generate(
+            inputs_embeds=embeds[row : row + 1, start:], im_mask=im_mask[row : row + 1, start:], **ask
+        )[0].tolist()
+        assert answer[: len(alone)] == alone and set(answer[len(alone) :]) <= {2}
