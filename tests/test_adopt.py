@@ -104,7 +104,7 @@ def test_every_family_loads_in_a_fresh_process(tmp_path, family_model):
         "HF_HUB_OFFLINE": "1",
     }
     result = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=900
     )
     assert result.returncode == 0, result.stderr[-3000:]
     for family, found in torch.load(tmp_path / "logits.pt").items():
@@ -280,8 +280,9 @@ def test_packed_weights_keep_their_names_and_their_quantiser(tmp_path, method):
 def test_a_second_run_finds_everything_in_place(tmp_path, capsys):
     published_source(tmp_path / "source", kind="bin", shards=2)
     command = ["adopt", str(tmp_path / "source"), str(tmp_path / "target"), "--convert"]
-    assert main(command) == 0 and "wrote 23 files" in capsys.readouterr().out
+    assert main(command) == 0
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "target").iterdir()}
+    assert f"wrote {len(times) - 1} files" in capsys.readouterr().out  # the record is not counted
     assert main(command) == 0 and "everything is in place" in capsys.readouterr().out
     assert main(command[:3]) == 0  # converted weights stay
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "target").iterdir()} == times
