@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+from .image_processor_internlm_xcomposer2 import InternLMXComposer2ImageProcessor
 from .inspect_internlm_xcomposer2 import Findings
 from .tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
 
@@ -139,7 +140,8 @@ def _tokenizer_files(findings: Findings, given: Path | None, notes: list[str]) -
     """The vocabulary, and a `tokenizer_config.json` with our class and the checkpoint's own fields."""
     ours = _read_json(PACKAGE / "tokenizer_config.json")
     own = _fields_beside(findings, "tokenizer_config.json", notes)
-    fields = {**own, "tokenizer_class": ours["tokenizer_class"], "auto_map": ours["auto_map"]}
+    side = {"padding_side": ours["padding_side"]}  # what pipelines pad batches by
+    fields = {**side, **own, "tokenizer_class": ours["tokenizer_class"], "auto_map": ours["auto_map"]}
     files = {"tokenizer_config.json": json_bytes(fields)}
     for name in ("added_tokens.json", "special_tokens_map.json"):
         if (findings.source / name).is_file():
@@ -170,26 +172,12 @@ def _processor_files(config: InternLMXcomposer2Config) -> dict[str, bytes]:
 
 
 def _with_numbers_of(config: InternLMXcomposer2Config, fields: dict) -> dict:
-    """These fields, nested ones too, with the configuration's value wherever it has one."""
-    side = config.img_size
-    known = {
-        "version": config.version,
-        "hd_num": config.hd_num,
-        "tile_size": side,
-        "img_size": side,
-        "image_size": side,
-        "size": {"height": side, "width": side},
-        "patch_size": config.vision_config.patch_size,
-        "image_token_id": config.image_token_id,
-    }
-    return {
-        name: known[name]
-        if name in known and value is not None
-        else _with_numbers_of(config, value)
-        if isinstance(value, dict)
-        else value
-        for name, value in fields.items()
-    }
+    """These fields, nested ones too, with the numbers that the processor has for this configuration."""
+    image_processor = InternLMXComposer2ImageProcessor.for_config(config)
+    known = {"image_token_id": config.image_token_id, **vars(image_processor)}
+    numbers = {name: known[name] for name in fields if name in known and name != "auto_map"}
+    nested = {name: _with_numbers_of(config, part) for name, part in fields.items() if isinstance(part, dict)}
+    return {**fields, **nested, **numbers}
 
 
 def _check_by_loading(files: dict[str, bytes], findings: Findings) -> None:

@@ -30,7 +30,8 @@ from internlm_xcomposer2 import convert_internlm_xcomposer2 as converting
 from internlm_xcomposer2 import description_internlm_xcomposer2 as describing
 from internlm_xcomposer2.adopt_internlm_xcomposer2 import adopt
 from internlm_xcomposer2.cli_internlm_xcomposer2 import default_target, main
-from transformers import AutoModel
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
 
 # ---- the families ----
 
@@ -170,20 +171,26 @@ def test_own_settings_of_the_checkpoint_survive(tmp_path):
     assert "tokenization_internlm_xcomposer2" in tokenizer["auto_map"]["AutoTokenizer"][0]
 
 
-def test_processor_files_of_the_package_get_the_numbers_of_the_checkpoint(tmp_path, monkeypatch):
-    package = tmp_path / "package"
-    package.mkdir()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*config.json")]:
-        shutil.copy(path, package)
-    processor = {"image_processor": {"version": "2.5", "tile_size": 112, "hd_num": 1, "do_rescale": True}}
-    (package / "processor_config.json").write_text(json.dumps(processor))
-    (package / "chat_template.jinja").write_text("{{ messages }}")
-    monkeypatch.setattr(describing, "PACKAGE", package)
-    published_source(tmp_path / "source", "2-4khd")
+@pytest.mark.parametrize("version", ["2", "2-4khd", "2.5"])
+def test_the_processor_is_that_of_the_checkpoint(tmp_path, version):
+    """Not that of the package, whose files it is written from: same prompts and pixels as `chat`."""
+    model = published_source(tmp_path / "source", version)
     adopt(tmp_path / "source", tmp_path / "target")
-    written = read_json(tmp_path / "target" / "processor_config.json")["image_processor"]
-    assert written == {"version": "2-4khd", "tile_size": 56, "hd_num": 25, "do_rescale": True}
-    assert (tmp_path / "target" / "chat_template.jinja").read_text() == "{{ messages }}"
+    processor = AutoProcessor.from_pretrained(tmp_path / "target", trust_remote_code=True)
+    picture = Image.effect_noise((90, 200), 60).convert("RGB")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    expected = model.prepare_chat(processor.tokenizer, "<ImageHere>What?", [picture], None, [], "")
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    template = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
+    assert (tmp_path / "target" / "chat_template.jinja").read_text(encoding="utf-8") == template
 
 
 # ---- published files that say little ----
