@@ -140,6 +140,6 @@ class GrowingCacheMixin:
     ) -> None:
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        is_default = given is None and generation_config.cache_implementation in (None, "dynamic")
+        is_default = given is None and generation_config.cache_implementation is None
         if is_default and isinstance(model_kwargs.get("past_key_values"), DynamicCache):
             model_kwargs["past_key_values"] = GrowingCache(self.config)

@@ -68,7 +68,7 @@ def normalize_image(image: Image.Image) -> Tensor:
 
 
 def global_view(pixels: Tensor, tile_size: int) -> Tensor:
-    """(3, height, width) -> (1, 3, tile_size, tile_size) float32: the whole picture, its aspect squashed."""
+    """(colours, height, width) -> (1, colours, tile_size, tile_size) float32: all of it, aspect squashed."""
     return F.interpolate(pixels[None].float(), size=(tile_size, tile_size), mode="bicubic", antialias=False)
 
 
@@ -86,6 +86,25 @@ def split_tiles(pixels: Tensor, tile_size: int) -> Tensor:
     return torch.cat([global_view(pixels, tile_size).to(pixels.dtype), tiles])
 
 
+def tile_pixels(image: Image.Image, tile_size: int) -> Tensor:
+    """PIL picture of whole tiles -> (1 + rows * cols, 3, tile_size, tile_size) float32, normalised.
+
+    The same as `split_tiles(normalize_image(image))` bit by bit, but one colour after the other and each
+    right into its place, so that only one plane is ever held besides the result.
+    """
+    pixels = torch.from_numpy(np.array(to_rgb(image)))  # (height, width, 3) uint8
+    rows, cols = (side // tile_size for side in pixels.shape[:2])
+    tiles = torch.empty(1 + rows * cols, 3, tile_size, tile_size)
+    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+    for channel in range(3):
+        plane = pixels[..., channel].to(torch.float32, memory_format=torch.contiguous_format)
+        plane = plane.div_(255).sub_(mean[channel]).div_(std[channel])[None]
+        tiles[:1, channel] = global_view(plane, tile_size)[:, 0]
+        local = tiles[1:, channel].unflatten(0, (rows, cols))  # (rows, cols, tile_size, tile_size)
+        local.copy_(rearrange(plane[0], "(rows h) (cols w) -> rows cols h w", h=tile_size, w=tile_size))
+    return tiles
+
+
 def preprocess_image(
     image: Image.Image, *, layout: str, tile_size: int, hd_num: int | None = None
 ) -> PreparedImage:
@@ -94,8 +113,7 @@ def preprocess_image(
         return PreparedImage(VisProcessor(tile_size)(image)[None], grid=(1, 1))
     image = to_rgb(image)
     plan = plan_tiles(image.height, image.width, tile_size=tile_size, hd_num=hd_num, layout=layout)
-    pixels = normalize_image(tile_picture(image, plan))
-    return PreparedImage(split_tiles(pixels, tile_size), plan.grid)
+    return PreparedImage(tile_pixels(tile_picture(image, plan), tile_size), plan.grid)
 
 
 def preprocess_video(
@@ -104,8 +122,7 @@ def preprocess_video(
     """Prepare the frames of a video as one labelled picture."""
     composite = composite_frames(frames, font or get_font(), tile_size=tile_size)
     plan = plan_video(composite.height, composite.width, tile_size=tile_size)
-    pixels = normalize_image(tile_picture(composite, plan))
-    return PreparedImage(split_tiles(pixels, tile_size), plan.grid)
+    return PreparedImage(tile_pixels(tile_picture(composite, plan), tile_size), plan.grid)
 
 
 def batch_images(images: Sequence[PreparedImage]) -> tuple[Tensor, Tensor]:
@@ -115,4 +132,6 @@ def batch_images(images: Sequence[PreparedImage]) -> tuple[Tensor, Tensor]:
     sides = {image.pixel_values.shape[-1] for image in images}
     if len(sides) > 1:
         raise ValueError(f"pictures of different tile sizes don't mix: {sorted(sides)} px")
-    return torch.cat([image.pixel_values for image in images]), torch.tensor([image.grid for image in images])
+    pixels = [image.pixel_values for image in images]
+    pixels = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+    return pixels, torch.tensor([image.grid for image in images])

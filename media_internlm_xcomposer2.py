@@ -10,6 +10,7 @@ import binascii
 import io
 import os
 import re
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -21,6 +22,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 try:
     from .ixc_utils import MAX_FRAMES, plan_frames, to_rgb
@@ -41,6 +43,7 @@ MAX_IMAGE_BYTES = 128 << 20
 MAX_VIDEO_BYTES = 1 << 30
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow itself stops by default
 MAX_FRAME_PIXELS = 8192 * 4320
+LONG_VIDEO = 600.0  # seconds from which reading is worth a progress bar
 
 # Formats that Pillow decodes itself: none that start a program or draw vectors.
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
@@ -183,10 +186,14 @@ def load_video(
     timeout: float = TIMEOUT,
     max_bytes: int = MAX_VIDEO_BYTES,
     max_frame_pixels: int = MAX_FRAME_PIXELS,
+    progress: bool | None = None,
 ) -> list[Image.Image]:
     """Read sampled frames of a video: a path, bytes, binary file, `data:` URI, URL, or a list of frames.
 
     A file gives `fps` frames per second, thinned out evenly to `max_frames`; a list is only thinned out.
+    Between the frames asked for, the reader jumps from keyframe to keyframe and converts nothing, so that an
+    hour takes no more memory than a minute. `progress` shows a bar on stderr; by default it does so for
+    videos of more than `LONG_VIDEO` seconds, on a terminal, unless the progress bars of transformers are off.
     """
     if isinstance(source, (list, tuple)):
         indices = plan_frames(len(source), fps, fps=fps, max_frames=max_frames)
@@ -201,9 +208,20 @@ def load_video(
         try:
             with open_video(file, max_frame_pixels=max_frame_pixels) as video:
                 indices = plan_frames(video.num_frames, video.average_fps, fps=fps, max_frames=max_frames)
-                return video.frames(indices)
+                seconds = video.num_frames / (video.average_fps or 1.0)
+                with _progress_bar(len(indices), seconds, progress) as bar:
+                    return video.frames(indices, lambda num_read: bar.update(num_read - bar.n))
         except ValueError as error:
             raise ValueError(f"{name} can't be read as a video: {error}") from error
+
+
+def _progress_bar(num_frames: int, seconds: float, wanted: bool | None) -> tqdm:
+    """A bar on stderr if it is wanted, by default for a long video on a terminal."""
+    if wanted is None and seconds > LONG_VIDEO and sys.stderr.isatty():
+        from transformers.utils.logging import is_progress_bar_enabled
+
+        wanted = is_progress_bar_enabled()
+    return tqdm(total=num_frames, desc="Reading the video", unit="frame", disable=not wanted)
 
 
 # --- where they lie ---

@@ -3,7 +3,7 @@
 import importlib
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from types import ModuleType, TracebackType
 from typing import BinaryIO
@@ -19,6 +19,10 @@ TURNS = {
     180: Image.Transpose.ROTATE_180,
     270: Image.Transpose.ROTATE_270,
 }
+
+
+# What is told how many frames have been read.
+Progress = Callable[[int], None]
 
 
 class VideoError(ValueError):
@@ -82,18 +86,19 @@ class PyAVReader:
         if self.container.format.name in CUT_SILENTLY and duration - end > max(1.0, duration * 0.05):
             raise VideoError(f"truncated: it stops at {end:.1f} of {duration:.1f} seconds")
 
-    def frames(self, indices: Sequence[int]) -> list[Image.Image]:
+    def frames(self, indices: Sequence[int], progress: Progress | None = None) -> list[Image.Image]:
         """The frames of ascending `indices`."""
+        progress = progress or (lambda num_read: None)
         try:
-            found = self._by_time(indices) if self.is_timed else None
-            found = found or self._by_count(indices)
+            found = self._by_time(indices, progress) if self.is_timed else None
+            found = found or self._by_count(indices, progress)
         except self.errors as error:
             raise VideoError(f"decoding failed ({_reason(error)})") from error
         if len(found) < len(indices):
             raise VideoError(f"only {len(found)} of the {len(indices)} sampled frames can be decoded")
         return found
 
-    def _by_time(self, indices: Sequence[int]) -> list[Image.Image] | None:
+    def _by_time(self, indices: Sequence[int], progress: Progress) -> list[Image.Image] | None:
         """Jump to the keyframe before each frame. None where the file's times don't lead to its frames."""
         found, position, decoded = [], None, iter(())
         for wanted in (self.times[index] for index in indices):
@@ -106,16 +111,18 @@ class PyAVReader:
             if frame is None or frame.pts != wanted:
                 return None
             found.append(self._to_image(frame))
+            progress(len(found))
             position = wanted
         return found
 
-    def _by_count(self, indices: Sequence[int]) -> list[Image.Image]:
+    def _by_count(self, indices: Sequence[int], progress: Progress) -> list[Image.Image]:
         """Decode from the start and count."""
         self.container.seek(0)
         wanted, found = set(indices), []
         for index, frame in enumerate(self.container.decode(self.stream)):
             if index in wanted:
                 found.append(self._to_image(frame))
+                progress(len(found))
             if len(found) == len(wanted):
                 break
         return found
@@ -149,9 +156,14 @@ class DecordReader:
     ) -> None:
         del self.video
 
-    def frames(self, indices: Sequence[int]) -> list[Image.Image]:
+    def frames(self, indices: Sequence[int], progress: Progress | None = None) -> list[Image.Image]:
         """The frames of ascending `indices`."""
-        return [self._frame(index) for index in indices]
+        found = []
+        for index in indices:
+            found.append(self._frame(index))
+            if progress is not None:
+                progress(len(found))
+        return found
 
     def _frame(self, index: int) -> Image.Image:
         try:

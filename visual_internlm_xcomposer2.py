@@ -1,8 +1,12 @@
 """Pictures and videos as callers pass them -> what the tower reads. Planned first, so counts are cheap."""
 
 import hashlib
-from collections.abc import Hashable, Sequence
+import os
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -31,6 +35,13 @@ LAYOUTS = {"2": "square", "2-4khd": "always", "2.5": "bottom"}
 
 # With several pictures in one 2.5 prompt the published code allows each only so many tiles.
 MAX_TILES_OF_SEVERAL = 6
+
+
+# Pillow and torch let go of Python while they work, so that pictures can be read and cut at the same time.
+MAX_PICTURES_AT_ONCE = 8
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,10 @@ def as_visuals(media, config) -> list[Visual]:
     """
     if not isinstance(media, list | tuple):
         media = [media]
-    return [visual for item in media for visual in _as_visuals(item, config)]
+    # Open files and pictures that Pillow has not read yet must not be read by two at a time.
+    are_apart = all(isinstance(item, str | os.PathLike | bytes) for item in media)
+    run = _in_threads if are_apart else map
+    return list(chain.from_iterable(run(lambda item: _as_visuals(item, config), media)))
 
 
 def _as_visuals(item, config) -> list[Visual]:
@@ -161,7 +175,25 @@ def prepare_visuals(
     """`pixel_values` (tiles, 3, side, side), `image_grid_hw` (visuals, 2); one `hd_num`, or each its own."""
     budgets = [hd_num] * len(visuals) if isinstance(hd_num, int) else hd_num
     pairs = zip(visuals, budgets, strict=True)
-    return batch_images([visual.prepare(config, budget, font) for visual, budget in pairs])
+    return batch_images(_in_threads(lambda pair: pair[0].prepare(config, pair[1], font), pairs))
+
+
+def _in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """The results in order, several at a time, but no more than torch may use threads.
+
+    Raises whatever the first item in order raises that fails; later ones that have not begun never do.
+    """
+    items = list(items)
+    num_threads = min(len(items), torch.get_num_threads(), MAX_PICTURES_AT_ONCE)
+    if num_threads < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(num_threads) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> list[tuple[int, int]]:

@@ -173,7 +173,7 @@ def test_generate_uses_it_unless_told_otherwise(model):
     ids = torch.tensor([[1, 8, 9]])
     arguments = {"max_new_tokens": 2, "return_dict_in_generate": True}
     assert isinstance(model.generate(ids, **arguments).past_key_values, GrowingCache)
-    for name in ("static", "offloaded"):
+    for name in ("static", "dynamic", "offloaded"):
         if name == "offloaded" and not torch.cuda.is_available():
             continue
         found = model.generate(ids, cache_implementation=name, **arguments).past_key_values

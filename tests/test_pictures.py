@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import golden_directory
+from helpers import golden_directory, tiny_config
 from internlm_xcomposer2 import ixc_utils
+from internlm_xcomposer2 import visual_internlm_xcomposer2 as visual_module
 from internlm_xcomposer2.image_processing_internlm_xcomposer2 import (
     CLIP_MEAN,
     CLIP_STD,
@@ -19,8 +21,10 @@ from internlm_xcomposer2.image_processing_internlm_xcomposer2 import (
     preprocess_image,
     preprocess_video,
     split_tiles,
+    tile_pixels,
 )
 from internlm_xcomposer2.ixc_utils import plan_tiles, square_picture, tile_picture, to_rgb
+from internlm_xcomposer2.visual_internlm_xcomposer2 import as_visuals, prepare_visuals
 from PIL import Image, ImageFont
 
 CONTENT = json.loads((golden_directory() / "preprocess_content.json").read_text(encoding="utf-8"))
@@ -69,6 +73,15 @@ def test_pixels_of_the_published_transforms(name):
         assert sha256(pixels) == row["f32_sha256"], row["transform"]
         if "global_view_sha256" in row:
             check_global_view(pixels, row)
+
+
+@pytest.mark.parametrize(("rows", "cols", "side"), [(1, 1, 16), (2, 3, 16), (3, 1, 24)])
+def test_tiles_cut_one_colour_at_a_time_are_the_same_bits(rows, cols, side):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (rows * side, cols * side, 3), dtype=np.uint8)
+    pixels.reshape(-1, 3)[:256] = np.arange(256)[:, None]  # every value of every colour
+    image = Image.fromarray(pixels)
+    assert torch.equal(tile_pixels(image, side), split_tiles(normalize_image(image), side))
 
 
 def check_global_view(pixels: torch.Tensor, row: dict) -> None:
@@ -237,3 +250,50 @@ def test_fonts():
     assert isinstance(ixc_utils.get_font(), ImageFont.FreeTypeFont)
     with pytest.raises(OSError):
         ixc_utils.get_font(Path("no such font.ttf"))
+
+
+# --- several at once ---
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_pictures_prepared_at_once_keep_their_order(two_threads, tmp_path):
+    config = tiny_config()
+    paths = []
+    for number, size in enumerate([(300, 90), (20, 20), (64, 200), (500, 400), (57, 56)]):
+        pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    alone = [prepare_visuals(as_visuals(path, config), config, 6) for path in paths]
+    pixel_values, grids = prepare_visuals(as_visuals(paths, config), config, 6)
+    assert torch.equal(pixel_values, torch.cat([pixels for pixels, _ in alone]))
+    assert torch.equal(grids, torch.cat([grid for _, grid in alone]))
+
+
+def test_they_do_run_at_once_but_no_more_than_torch_may(two_threads):
+    meeting = threading.Barrier(2, timeout=20)
+    assert visual_module._in_threads(lambda item: meeting.wait() is not None, range(4)) == [True] * 4
+    torch.set_num_threads(1)
+    main = threading.get_ident()
+    assert visual_module._in_threads(lambda item: threading.get_ident(), range(3)) == [main] * 3
+
+
+def test_the_first_of_several_errors_is_raised(two_threads, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    paths = [tmp_path / name for name in ("good.png", "first.png", "second.png", "good.png")]
+    with pytest.raises(FileNotFoundError, match="first.png"):
+        as_visuals(paths, tiny_config())
+
+
+def test_a_picture_that_is_not_read_yet_may_be_passed_twice(two_threads, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "one.png")
+    image = Image.open(tmp_path / "one.png")
+    found = as_visuals([image] * 4, tiny_config())
+    assert all(np.array_equal(np.asarray(visual.image), pixels) for visual in found)
