@@ -8,11 +8,12 @@ is random: a decoder as deep and wide as --layers and --hidden say, on a small t
 of 4 MB vanish beside what a run needs anyway.
 
 - weights: bytes of all tensors in memory after loading, the quantiser's scales and tables included;
-- peak: the most memory that was resident (VmHWM) while loading and answering, less what it held
-  after the imports. Pages of the checkpoint's file count while they are mapped.
+- peak, quantising: the most memory that was resident (VmHWM) while the weights were loaded and quantised and
+  the question was answered, less what the process held after the imports;
+- peak, read back: the same for the quantised model, saved and loaded again. A dash: it can't be saved.
 
-The memory of a process doesn't depend on how busy the machine is; times do, and are not reported. Linux only.
-The last line is JSON.
+Pages of the checkpoint's file count while they are mapped.
+Times are not reported. Linux only. The last line is JSON.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -81,20 +83,34 @@ def tensor_bytes(tensor: object) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def measure(model_folder: str, quantization: str, arguments: argparse.Namespace) -> dict[str, int]:
-    """One row, in the process that calls it; all in bytes."""
+def measure(
+    folder: str, quantization: str, arguments: argparse.Namespace, save_in: str | None = None
+) -> dict:
+    """One row, in the process that calls it; all in bytes. Saves the model afterwards, if it can be saved."""
     before = resident_bytes("VmRSS")
     tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
     config = None if quantization == "none" else quantization_config(quantization)
     model = AutoModel.from_pretrained(
-        model_folder, trust_remote_code=True, dtype=arguments.dtype, quantization_config=config
+        folder, trust_remote_code=True, dtype=arguments.dtype, quantization_config=config
     ).eval()
     loaded = resident_bytes("VmHWM")
     length = {"min_new_tokens": arguments.new_tokens, "max_new_tokens": arguments.new_tokens}
     model.chat(tokenizer, QUESTION, PICTURE, do_sample=False, **length)
     peak = resident_bytes("VmHWM")
     weights = sum(tensor_bytes(tensor) for tensor in model.state_dict().values())
+    if save_in is not None:
+        with suppress(ValueError):  # torchao's layout for CPUs has no form in a file
+            model.save_pretrained(save_in)
     return {"weights": weights, "peak_loading": loaded - before, "peak": peak - before, "imports": before}
+
+
+def measure_both(folder: str, quantization: str, arguments: argparse.Namespace) -> dict:
+    """A row: quantised while loading, and read back from where it was saved."""
+    with tempfile.TemporaryDirectory() as saved:
+        row = forked(measure, folder, quantization, arguments, saved)
+        if quantization != "none" and (Path(saved) / "config.json").exists():
+            row["read_back"] = forked(measure, saved, "none", arguments)
+    return row
 
 
 def forked(function: Callable, *args) -> object:
@@ -136,13 +152,14 @@ def versions() -> dict[str, str]:
 
 
 def print_table(arguments: argparse.Namespace, folder: str) -> dict[str, dict]:
-    print(f"| quantisation ({arguments.dtype}) | weights, MB | peak loading, MB | peak with an answer, MB |")
+    print(f"| {arguments.dtype} | weights, MB | peak, quantising, MB | peak, read back, MB |")
     print("|---|---|---|---|")
     rows = {}
     for name in arguments.quantizations:
-        rows[name] = forked(measure, folder, name, arguments)
-        numbers = [f"{rows[name][field] / MEGABYTE:.1f}" for field in ("weights", "peak_loading", "peak")]
-        print(f"| {ROWS[name]} | {' | '.join(numbers)} |", flush=True)
+        row = rows[name] = measure_both(folder, name, arguments)
+        numbers = [row["weights"], row["peak"], row.get("read_back", {}).get("peak")]
+        cells = ["-" if number is None else f"{number / MEGABYTE:.0f}" for number in numbers]
+        print(f"| {ROWS[name]} | {' | '.join(cells)} |", flush=True)
     return rows
 
 

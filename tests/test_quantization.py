@@ -17,6 +17,7 @@ from transformers import AutoModel, TorchAoConfig
 
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import memory_quantized  # noqa: E402
 from tools.quantizations import QUANTIZATIONS, quantization_config  # noqa: E402
 
 KINDS = tuple(QUANTIZATIONS)
@@ -263,3 +264,22 @@ def test_a_state_dict_does_not_disturb_a_4_bit_model(source):
         warnings.simplefilter("error")
         model.state_dict()
     assert torch.equal(logits_of(model), expected)
+
+
+# ---- the benchmark ----
+
+
+def test_the_benchmark_measures_a_model_of_the_size_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["memory_quantized.py", "--hidden", "128", "--layers", "1"])
+    arguments = memory_quantized.parse_arguments()
+    memory_quantized.write_random_model(tmp_path, arguments)
+    plain, int8 = (memory_quantized.measure(tmp_path, name, arguments) for name in ("none", "torchao-int8"))
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        sizes = {name: file.get_tensor(name).nbytes for name in file.keys()}  # noqa: SIM118
+    assert plain["weights"] == sum(sizes.values())
+    linears = [name for name in sizes if name.endswith(("wqkv.weight", "wo.weight"))]
+    linears += [name for name in sizes if name.endswith(("w1.weight", "w2.weight", "w3.weight"))]
+    halved = sum(sizes[name] for name in linears) // 2
+    assert len(linears) == 5 and halved * 0.9 < plain["weights"] - int8["weights"] < halved
+    assert plain["peak"] >= plain["peak_loading"] and plain["imports"] > 0
+    assert memory_quantized.forked(max, 3, 5) == 5
