@@ -277,8 +277,11 @@ class InternLMXcomposer2Config(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """As the base class, but the attention implementation of a published file is only a caller's choice.
 
-        Published files ask for `flash_attention_2`, which would make every load without a GPU fail.
+        Published files ask for `flash_attention_2`, which would make every load without a GPU fail. And
+        `quantization_config=None` means none of the caller's; it would hide how the weights are stored.
         """
+        if kwargs.get("quantization_config", ...) is None:
+            del kwargs["quantization_config"]
         config_dict = {key: value for key, value in config_dict.items() if key not in _CALLER_ONLY}
         return super().from_dict(config_dict, **kwargs)
 
