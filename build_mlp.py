@@ -43,6 +43,27 @@ def assemble_tiles(features: Tensor, grid: tuple[int, int], separator: Tensor, n
     return torch.cat([append_newlines(merged[0], newline), between, append_newlines(local, newline)])
 
 
+def find_repetitions(tiles: Tensor) -> tuple[list[int], list[int]] | None:
+    """Which of (tiles, 3, side, side) to encode, and for each tile its place among those.
+
+    `None` if none repeats another, or if they lie on an accelerator, where looking costs more than it saves.
+    """
+    if tiles.device.type != "cpu":
+        return None
+    step = max(1, tiles.shape[-1] // 16)
+    samples = tiles[..., step // 2 :: step, step // 2 :: step].flatten(1).float().tolist()
+    firsts, places, alike = [], [], {}
+    for index, sample in enumerate(samples):
+        candidates = alike.setdefault(tuple(sample), [])
+        place = next((p for p in candidates if torch.equal(tiles[firsts[p]], tiles[index])), None)
+        if place is None:
+            place = len(firsts)
+            firsts.append(index)
+            candidates.append(place)
+        places.append(place)
+    return (firsts, places) if len(firsts) < len(tiles) else None
+
+
 class CLIPVisionTransformer(nn.Module):
     """CLIP's image encoder under the names of the published state dicts (Radford et al., 2021)."""
 
@@ -136,11 +157,19 @@ class CLIPVisionTower(nn.Module):
         return self._weight.device
 
     def encode_tiles(self, tiles: Tensor) -> Tensor:
-        """(tiles, 3, side, side) of any dtype and device -> (tiles, patches, width) on the tower's."""
+        """(tiles, 3, side, side) of any dtype and device -> (tiles, patches, width) on the tower's.
+
+        Without gradients, tiles that are the same are encoded once.
+        """
         device = tiles.device if self.device.type == "meta" else self.device
+        places = None if torch.is_grad_enabled() or self.training else find_repetitions(tiles)
+        if places is not None:
+            firsts, places = places
+            tiles = tiles[firsts]
         chunks = tiles.split(MAX_TILES_PER_BATCH)
         features = [self.vision_tower(chunk.to(device, self.dtype))[:, 1:] for chunk in chunks]
-        return features[0] if len(features) == 1 else torch.cat(features)
+        features = features[0] if len(features) == 1 else torch.cat(features)
+        return features if places is None else features[places]
 
     def assemble(self, features: Tensor, grids: list[tuple[int, int]], separator: Tensor, newline: Tensor):
         """Features of all tiles of several pictures -> one (tokens, 4 * width) tensor per picture."""
