@@ -1,0 +1,87 @@
+"""Several conversations at once against the same ones in turn.
+
+    python benchmarks/batch.py --size nano --threads 2
+    python benchmarks/batch.py --size medium --conversations 1 4 --new-tokens 16
+
+Each conversation is a question about a picture of its own, greedy. Together they go through
+`model.batch_chat`; the naive way asks them one after the other, each with the optimisations of a single
+question, so that the ratio shows what the batch brings and nothing else. The last line is JSON.
+"""
+
+import argparse
+
+from common import (
+    SIZES,
+    begin,
+    build_model,
+    draw_picture,
+    finish,
+    load_tokenizer,
+    measure_apart,
+    model_options,
+    modes,
+    parser,
+    print_row,
+    ratios,
+    repeat,
+)
+
+QUESTION = "What does the picture show?"
+PICTURE_OF_NANO = (112, 112)
+
+
+def measure(
+    conversations: int, mode: str, num_new: int, repeats: int, size: str, device: str, dtype: str
+) -> dict:
+    """So many conversations in one way: a row of the table."""
+    model, tokenizer = build_model(size, adapters=False, device=device, dtype=dtype), load_tokenizer()
+    shape = SIZES[size].picture if size in SIZES else PICTURE_OF_NANO
+    pictures = [draw_picture(*shape, seed=number) for number in range(conversations)]
+    settings = {"do_sample": False, "max_new_tokens": num_new, "min_new_tokens": num_new}
+
+    def together() -> None:
+        model.batch_chat(tokenizer, [QUESTION] * conversations, [[each] for each in pictures], **settings)
+
+    def in_turn() -> None:
+        for picture in pictures:
+            model.chat(tokenizer, QUESTION, [picture], **settings)
+
+    seconds = repeat(together if mode == "ours" else in_turn, repeats, device)
+    return {
+        "mode": mode,
+        "conversations": conversations,
+        "time": seconds,
+        "conversations_per_s": round(conversations / seconds["median"], 3),
+        "tokens_per_s": round(conversations * num_new / seconds["median"], 2),
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    result = parser(__doc__, size="nano", threads=2)
+    result.add_argument("--conversations", type=int, nargs="*", default=[1, 4, 8, 16])
+    result.add_argument("--new-tokens", type=int, default=8)
+    return result.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    report = begin("batch", arguments)
+    rows = []
+    for conversations in arguments.conversations:
+        for mode in modes(arguments):
+            row = measure_apart(
+                measure,
+                arguments,
+                conversations=conversations,
+                mode=mode,
+                num_new=arguments.new_tokens,
+                repeats=arguments.repeats,
+                **model_options(arguments),
+            )
+            rows.append(row)
+            print_row(row)
+    finish(report, rows, ratios(rows, ("conversations",), ("time", "peak_gb")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""How fast files of pictures become tiles, and how fast a long video is sampled.
+
+    python benchmarks/preprocess.py --threads 1
+    python benchmarks/preprocess.py --threads 2 --pictures 1 8 --minutes 60
+
+Pictures are decoded from PNG beforehand, as `chat` gets them, then resized, padded, normalised and cut. The
+naive way normalises a whole picture at once, cuts it afterwards and takes one picture after the other. Of a
+video (which needs PyAV) 32 frames are read; the naive way converts every frame on the way. The last line is
+JSON.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import (
+    SIZES,
+    begin,
+    draw_picture,
+    finish,
+    measure_apart,
+    modes,
+    parser,
+    print_row,
+    ratios,
+    repeat,
+)
+from internlm_xcomposer2 import InternLMXcomposer2Config
+from internlm_xcomposer2.image_processing_internlm_xcomposer2 import (
+    PreparedImage,
+    batch_images,
+    normalize_image,
+    split_tiles,
+)
+from internlm_xcomposer2.ixc_utils import MAX_FRAMES, plan_frames, plan_tiles, tile_picture
+from internlm_xcomposer2.media_internlm_xcomposer2 import load_video
+from internlm_xcomposer2.visual_internlm_xcomposer2 import LAYOUTS, Visual, prepare_visuals
+
+VIDEO_FPS = 2
+
+
+def prepare_naively(pictures: list, tile_size: int, hd_num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `prepare_visuals` computes, with whole pictures in floats and one after the other."""
+    prepared = []
+    for picture in pictures:
+        plan = plan_tiles(*picture.size[::-1], tile_size=tile_size, hd_num=hd_num, layout=LAYOUTS["2.5"])
+        pixels = normalize_image(tile_picture(picture, plan))
+        prepared.append(PreparedImage(split_tiles(pixels, tile_size), plan.grid))
+    return batch_images(prepared)
+
+
+def measure_pictures(pictures: int, tiles: int, mode: str, repeats: int, size: str) -> dict:
+    """So many pictures in one way: a row of the table."""
+    config = InternLMXcomposer2Config(
+        version="2.5", **SIZES[size].text, vision_config=SIZES[size].vision, image_token_id=4, end_token_id=5
+    )
+    drawn = [draw_picture(*SIZES[size].picture, seed=number) for number in range(pictures)]
+    visuals = [Visual(image=picture) for picture in drawn]
+    prepare = {
+        "ours": lambda: prepare_visuals(visuals, config, tiles),
+        "naive": lambda: prepare_naively(drawn, config.img_size, tiles),
+    }[mode]
+    return {"mode": mode, "of": "pictures", "number": pictures, "time": repeat(prepare, repeats)}
+
+
+def write_video(path: Path, minutes: float, side: int = 64) -> None:
+    """A film of grey noise with a keyframe every 20 frames."""
+    import av
+
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=VIDEO_FPS)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = side, side, "yuv420p", 20
+        for _ in range(round(minutes * 60 * VIDEO_FPS)):
+            planes = rng.integers(0, 256, (side * 3 // 2, side), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, "yuv420p")))
+        container.mux(stream.encode())
+
+
+def load_video_naively(path: Path) -> list:
+    """The sampled frames of a video, every frame of it decoded and converted."""
+    import av
+
+    with av.open(str(path)) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+        rate = float(container.streams.video[0].average_rate)
+    return [frames[index] for index in plan_frames(len(frames), rate, max_frames=MAX_FRAMES)]
+
+
+def measure_video(minutes: float, mode: str, repeats: int) -> dict:
+    """A film in one way: a row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "film.mp4"
+        write_video(path, minutes)
+        load = load_video if mode == "ours" else load_video_naively
+        seconds = repeat(lambda: load(path), repeats)
+    return {"mode": mode, "of": "minutes of video", "number": minutes, "time": seconds}
+
+
+def parse_arguments() -> argparse.Namespace:
+    result = parser(__doc__, threads=2)
+    result.add_argument("--pictures", type=int, nargs="*", default=[1, 8])
+    result.add_argument("--tiles", type=int, default=6, help="local tiles that a picture may be cut into")
+    result.add_argument(
+        "--minutes", type=float, nargs="*", default=[60.0], help="of video; none to leave it out"
+    )
+    return result.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    report = begin("preprocess", arguments)
+    common = {"repeats": arguments.repeats}
+    cases = [
+        (measure_pictures, {"pictures": number, "tiles": arguments.tiles, "size": arguments.size})
+        for number in arguments.pictures
+    ] + [(measure_video, {"minutes": minutes}) for minutes in arguments.minutes]
+    rows = []
+    for function, case in cases:
+        for mode in modes(arguments):
+            rows.append(measure_apart(function, arguments, mode=mode, **common, **case))
+            print_row(rows[-1])
+    finish(report, rows, ratios(rows, ("of", "number"), ("time", "peak_gb")))
+
+
+if __name__ == "__main__":
+    main()
