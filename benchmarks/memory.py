@@ -39,7 +39,7 @@ def measure(tiles: int, adapters: bool, mode: str, size: str, device: str, dtype
         "mode": mode,
         "tiles": tiles,
         "adapters": "all" if adapters or naive else "none",
-        "model_gb": round(weights / 1e9, 3),
+        "model_gb": round(weights / 1e9, 6),
     }
 
 
