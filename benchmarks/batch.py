@@ -10,33 +10,18 @@ question, so that the ratio shows what the batch brings and nothing else. The la
 
 import argparse
 
-from common import (
-    SIZES,
-    begin,
-    build_model,
-    draw_picture,
-    finish,
-    load_tokenizer,
-    measure_apart,
-    model_options,
-    modes,
-    parser,
-    print_row,
-    ratios,
-    repeat,
-)
+import common
 
 QUESTION = "What does the picture show?"
-PICTURE_OF_NANO = (112, 112)
 
 
 def measure(
     conversations: int, mode: str, num_new: int, repeats: int, size: str, device: str, dtype: str
 ) -> dict:
     """So many conversations in one way: a row of the table."""
-    model, tokenizer = build_model(size, adapters=False, device=device, dtype=dtype), load_tokenizer()
-    shape = SIZES[size].picture if size in SIZES else PICTURE_OF_NANO
-    pictures = [draw_picture(*shape, seed=number) for number in range(conversations)]
+    model = common.build_model(size, adapters=False, device=device, dtype=dtype)
+    tokenizer = common.load_tokenizer()
+    pictures = [common.picture_for(size, number) for number in range(conversations)]
     settings = {"do_sample": False, "max_new_tokens": num_new, "min_new_tokens": num_new}
 
     def together() -> None:
@@ -46,7 +31,7 @@ def measure(
         for picture in pictures:
             model.chat(tokenizer, QUESTION, [picture], **settings)
 
-    seconds = repeat(together if mode == "ours" else in_turn, repeats, device)
+    seconds = common.repeat(together if mode == "ours" else in_turn, repeats, device)
     return {
         "mode": mode,
         "conversations": conversations,
@@ -57,7 +42,7 @@ def measure(
 
 
 def parse_arguments() -> argparse.Namespace:
-    result = parser(__doc__, size="nano", threads=2)
+    result = common.parser(__doc__, size="nano", threads=2)
     result.add_argument("--conversations", type=int, nargs="*", default=[1, 4, 8, 16])
     result.add_argument("--new-tokens", type=int, default=8)
     return result.parse_args()
@@ -65,22 +50,20 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    report = begin("batch", arguments)
-    rows = []
-    for conversations in arguments.conversations:
-        for mode in modes(arguments):
-            row = measure_apart(
-                measure,
-                arguments,
-                conversations=conversations,
-                mode=mode,
-                num_new=arguments.new_tokens,
-                repeats=arguments.repeats,
-                **model_options(arguments),
-            )
-            rows.append(row)
-            print_row(row)
-    finish(report, rows, ratios(rows, ("conversations",), ("time", "peak_gb")))
+    report = common.begin("batch", arguments)
+    cases = [
+        {
+            "conversations": conversations,
+            "mode": mode,
+            "num_new": arguments.new_tokens,
+            "repeats": arguments.repeats,
+            **common.model_options(arguments),
+        }
+        for conversations in arguments.conversations
+        for mode in common.modes(arguments)
+    ]
+    rows = common.measure_all(measure, cases, arguments)
+    common.finish(report, rows, common.ratios(rows, ("conversations",), ("time", "peak_gb")))
 
 
 if __name__ == "__main__":

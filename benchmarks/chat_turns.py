@@ -13,22 +13,7 @@ line is JSON.
 import argparse
 import time
 
-from common import (
-    SIZES,
-    Marks,
-    begin,
-    build_model,
-    draw_picture,
-    finish,
-    load_tokenizer,
-    measure_apart,
-    model_options,
-    modes,
-    naive_chat,
-    parser,
-    print_row,
-    ratios,
-)
+import common
 
 QUESTIONS = (
     "What does the picture show?",
@@ -37,21 +22,20 @@ QUESTIONS = (
     "Which colour is it?",
     "What is written below?",
 )
-PICTURE_OF_NANO = (112, 112)
 
 
 def measure(turns: int, beams: int, mode: str, tiles: int, num_new: int, size: str, device: str, dtype: str):
     """A conversation in one way: seconds to the first token and altogether, turn by turn."""
     naive = mode == "naive"
-    model = build_model(size, naive=naive, device=device, dtype=dtype)
-    tokenizer = load_tokenizer()
-    picture = draw_picture(*(SIZES[size].picture if size in SIZES else PICTURE_OF_NANO))
+    model = common.build_model(size, naive=naive, device=device, dtype=dtype)
+    tokenizer = common.load_tokenizer()
+    picture = common.picture_for(size)
     settings = {"do_sample": False, "num_beams": beams, "max_new_tokens": num_new, "min_new_tokens": num_new}
-    settings |= {"hd_num": tiles, **(naive_chat() if naive else {})}
+    settings |= {"hd_num": tiles, **(common.naive_chat() if naive else {})}
     model.chat(tokenizer, "Warm up.", **{**settings, "num_beams": 1, "max_new_tokens": num_new})
     rows, history = [], []
     for number in range(turns):
-        marks = Marks(device)
+        marks = common.Marks(device)
         _, history = model.chat(
             tokenizer,
             QUESTIONS[number % len(QUESTIONS)],
@@ -67,7 +51,7 @@ def measure(turns: int, beams: int, mode: str, tiles: int, num_new: int, size: s
 
 
 def parse_arguments() -> argparse.Namespace:
-    result = parser(__doc__)
+    result = common.parser(__doc__)
     result.add_argument("--turns", type=int, default=5)
     result.add_argument("--beams", type=int, nargs="*", default=[1, 3])
     result.add_argument("--tiles", type=int, default=6, help="local tiles that the picture may be cut into")
@@ -77,11 +61,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    report = begin("chat_turns", arguments)
+    report = common.begin("chat_turns", arguments)
     rows = []
     for beams in arguments.beams:
-        for mode in modes(arguments):
-            found = measure_apart(
+        for mode in common.modes(arguments):
+            found = common.measure_apart(
                 measure,
                 arguments,
                 turns=arguments.turns,
@@ -89,14 +73,14 @@ def main() -> None:
                 mode=mode,
                 tiles=arguments.tiles,
                 num_new=arguments.new_tokens,
-                **model_options(arguments),
+                **common.model_options(arguments),
             )
             for number, turn in enumerate(found["turns"], start=1):
                 rows.append(
                     {"mode": mode, "beams": beams, "turn": number, **turn, "peak_gb": found["peak_gb"]}
                 )
-                print_row(rows[-1])
-    finish(report, rows, ratios(rows, ("beams", "turn"), ("first_token", "total")))
+                common.print_row(rows[-1])
+    common.finish(report, rows, common.ratios(rows, ("beams", "turn"), ("first_token", "total")))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoTokenizer, LogitsProcessor
 ROOT = Path(__file__).resolve().parents[1]
 
 PATCH = 14  # px
+PICTURE_OF_NANO = (112, 112)  # (height, width) in px
 NUM_TEXT_BEFORE, NUM_TEXT_AFTER = 1, 17  # tokens around the picture of a bare prompt
 
 
@@ -83,6 +84,21 @@ def load_tokenizer():
     return AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
 
 
+def build_config(size: str, *, adapters: bool = True, attention: str = "sdpa"):
+    """The configuration of a random model, with the markup of nano's vocabulary."""
+    from internlm_xcomposer2 import InternLMXcomposer2Config
+
+    return InternLMXcomposer2Config(
+        version="2.5",
+        **SIZES[size].text,
+        vision_config=SIZES[size].vision,
+        task_adapters=SIZES[size].adapters if adapters else {},
+        image_token_id=4,
+        end_token_id=5,
+        attn_implementation=attention,
+    )
+
+
 def build_model(
     size: str, *, naive: bool = False, adapters: bool = True, device: str = "cpu", dtype="float32"
 ):
@@ -94,17 +110,9 @@ def build_model(
     options = {"trust_remote_code": True, "attn_implementation": attention, "dtype": dtype}
     if size == "nano":
         return AutoModel.from_pretrained(ROOT, **options).eval().to(device)
-    from internlm_xcomposer2 import InternLMXcomposer2Config, InternLMXComposer2ForCausalLM
+    from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 
-    config = InternLMXcomposer2Config(
-        version="2.5",
-        **SIZES[size].text,
-        vision_config=SIZES[size].vision,
-        task_adapters=SIZES[size].adapters if adapters else {},
-        image_token_id=4,
-        end_token_id=5,
-        attn_implementation=attention,
-    )
+    config = build_config(size, adapters=adapters, attention=attention)
     torch.manual_seed(0)
     model = InternLMXComposer2ForCausalLM(config).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
@@ -126,6 +134,11 @@ def draw_picture(height: int, width: int, seed: int = 0) -> Image.Image:
 def naive_chat() -> dict:
     """Arguments of `chat` with which nothing is reused, beams come before the prefill, and all logits too."""
     return {"reuse": False, "cache_implementation": "dynamic", "logits_to_keep": 0}
+
+
+def picture_for(size: str, seed: int = 0) -> Image.Image:
+    """The picture that a model of this size is asked about."""
+    return draw_picture(*(SIZES[size].picture if size in SIZES else PICTURE_OF_NANO), seed=seed)
 
 
 def bare_prompt(model, grid: tuple[int, int]) -> dict:
@@ -215,6 +228,17 @@ def measure_apart(function: Callable[..., dict], options: argparse.Namespace, **
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_call, function, threads, arguments).result()
+
+
+def measure_all(
+    function: Callable[..., dict], cases: Iterable[dict], options: argparse.Namespace
+) -> list[dict]:
+    """A row for each case, the arguments of `function`, shown as soon as it is there."""
+    rows = []
+    for case in cases:
+        rows.append(measure_apart(function, options, **case))
+        print_row(rows[-1])
+    return rows
 
 
 # ---- the machine ----

@@ -9,32 +9,18 @@ way has all adapters, attention materialised and logits at every position. The l
 
 import argparse
 
-from common import (
-    SIZES,
-    begin,
-    build_model,
-    draw_picture,
-    finish,
-    load_tokenizer,
-    measure_apart,
-    model_options,
-    modes,
-    naive_chat,
-    parser,
-    print_row,
-    ratios,
-)
+import common
 
 
 def measure(tiles: int, adapters: bool, mode: str, size: str, device: str, dtype: str) -> dict:
     """One question: a row of the table."""
     naive = mode == "naive"
-    model = build_model(size, naive=naive, adapters=adapters or naive, device=device, dtype=dtype)
+    model = common.build_model(size, naive=naive, adapters=adapters or naive, device=device, dtype=dtype)
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "hd_num": tiles}
-    settings |= naive_chat() if naive else {}
-    picture = draw_picture(*SIZES[size].picture)
-    model.chat(load_tokenizer(), "What does the picture show?", [picture], **settings)
+    settings |= common.naive_chat() if naive else {}
+    picture = common.picture_for(size)
+    model.chat(common.load_tokenizer(), "What does the picture show?", [picture], **settings)
     return {
         "mode": mode,
         "tiles": tiles,
@@ -44,30 +30,24 @@ def measure(tiles: int, adapters: bool, mode: str, size: str, device: str, dtype
 
 
 def parse_arguments() -> argparse.Namespace:
-    result = parser(__doc__)
+    result = common.parser(__doc__)
     result.add_argument("--tiles", type=int, nargs="*", default=[1, 6, 15], help="local tiles at most")
     return result.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    report = begin("memory", arguments)
-    rows = []
-    for tiles in arguments.tiles:
-        ways = [(mode, True) for mode in modes(arguments)]
-        for mode, adapters in ways + [("ours", False)] * ("ours" in modes(arguments)):
-            row = measure_apart(
-                measure,
-                arguments,
-                tiles=tiles,
-                adapters=adapters,
-                mode=mode,
-                **model_options(arguments),
-            )
-            rows.append(row)
-            print_row(row)
+    report = common.begin("memory", arguments)
+    modes = common.modes(arguments)
+    ways = [(mode, True) for mode in modes] + [("ours", False)] * ("ours" in modes)
+    cases = [
+        {"tiles": tiles, "adapters": adapters, "mode": mode, **common.model_options(arguments)}
+        for tiles in arguments.tiles
+        for mode, adapters in ways
+    ]
+    rows = common.measure_all(measure, cases, arguments)
     whole = [row for row in rows if row["adapters"] == "all"]
-    finish(report, rows, ratios(whole, ("tiles",), ("peak_gb",)))
+    common.finish(report, rows, common.ratios(whole, ("tiles",), ("peak_gb",)))
 
 
 if __name__ == "__main__":

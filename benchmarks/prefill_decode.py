@@ -13,23 +13,8 @@ JSON.
 
 import argparse
 
+import common
 import torch
-from common import (
-    Marks,
-    bare_prompt,
-    begin,
-    build_model,
-    finish,
-    machine_limits,
-    measure_apart,
-    model_options,
-    modes,
-    parser,
-    print_row,
-    ratios,
-    repeat,
-    spread,
-)
 from transformers import CompileConfig, DynamicCache
 
 # Rows and columns of tiles: 841, 2861, 6481, 11701 and 24541 image tokens at 560 px.
@@ -62,7 +47,7 @@ def attention_seconds(model, num_tokens: int, repeats: int) -> float:
     query = torch.randn(1, text.num_attention_heads, num_tokens, text.head_dim).to(weight)
     key, value = (query[:, : text.num_key_value_heads].contiguous() for _ in range(2))
     attend = torch.nn.functional.scaled_dot_product_attention
-    seconds = repeat(
+    seconds = common.repeat(
         lambda: attend(query, key, value, is_causal=True, enable_gqa=True), repeats, str(weight.device)
     )
     return text.num_hidden_layers * seconds["median"]
@@ -76,9 +61,9 @@ def bytes_read(model, num_tokens: int) -> float:
     return (weights + cached) * model.output.weight.element_size() / 1e9
 
 
-def generate(model, inputs: dict, num_new: int, mode: str) -> Marks:
+def generate(model, inputs: dict, num_new: int, mode: str) -> common.Marks:
     """Generate `num_new` tokens in one of the ways, and say when each came."""
-    marks = Marks(inputs["inputs_embeds"].device)
+    marks = common.Marks(inputs["inputs_embeds"].device)
     settings = {"max_new_tokens": num_new, "min_new_tokens": num_new, "do_sample": False}
     if mode == "naive":
         settings |= {"logits_to_keep": 0, "past_key_values": DynamicCache(config=model.config)}
@@ -91,13 +76,13 @@ def generate(model, inputs: dict, num_new: int, mode: str) -> Marks:
 
 def measure(grid: tuple[int, int], mode: str, num_new: int, repeats: int, size: str, device: str, dtype: str):
     """One prompt in one way: a row of the table."""
-    model = build_model(size, naive=mode == "naive", adapters=False, device=device, dtype=dtype)
-    inputs = bare_prompt(model, grid)
+    model = common.build_model(size, naive=mode == "naive", adapters=False, device=device, dtype=dtype)
+    inputs = common.bare_prompt(model, grid)
     num_tokens, num_image_tokens = inputs["im_mask"].shape[1], int(inputs["im_mask"].sum())
     generate(model, {name: value[:, :40] for name, value in inputs.items()}, 3, mode)
     marks = [generate(model, inputs, num_new, mode) for _ in range(repeats)]
-    prefill = spread([each.first for each in marks])
-    decode = spread([step for each in marks for step in each.steps[1:]])
+    prefill = common.spread([each.first for each in marks])
+    decode = common.spread([step for each in marks for step in each.steps[1:]])
     attention = attention_seconds(model, num_tokens, repeats) if mode == "ours" else None
     return {
         "mode": mode,
@@ -114,7 +99,7 @@ def measure(grid: tuple[int, int], mode: str, num_new: int, repeats: int, size: 
 
 
 def parse_arguments() -> argparse.Namespace:
-    result = parser(__doc__)
+    result = common.parser(__doc__)
     result.add_argument("--tiles", nargs="*", default=GRIDS, help="rows x columns of local tiles")
     result.add_argument("--new-tokens", type=int, default=16)
     result.add_argument(
@@ -126,32 +111,32 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    report = begin("prefill_decode", arguments)
+    report = common.begin("prefill_decode", arguments)
     small = arguments.size == "tiny"
     torch.set_num_threads(arguments.threads)
-    limits = machine_limits(arguments.device, arguments.dtype, small=small)
-    print_row(limits)
+    limits = common.machine_limits(arguments.device, arguments.dtype, small=small)
+    common.print_row(limits)
     rows = []
     for name in arguments.tiles:
         grid = tuple(map(int, name.split("x")))
-        for mode in modes(arguments) + ["compiled"] * arguments.compile:
+        for mode in common.modes(arguments) + ["compiled"] * arguments.compile:
             if mode == "naive" and grid[0] * grid[1] > arguments.naive_tiles:
                 continue
-            row = measure_apart(
+            row = common.measure_apart(
                 measure,
                 arguments,
                 grid=grid,
                 mode=mode,
                 num_new=arguments.new_tokens,
                 repeats=arguments.repeats,
-                **model_options(arguments),
+                **common.model_options(arguments),
             )
             row["prefill_share"] = round(row["prefill_gflops"] / limits["gflops"], 3)
             row["decode_share"] = round(row["decode_gb_per_s"] / limits["gb_per_s"], 3)
             rows.append(row)
-            print_row(row)
-    compared = ratios(rows, ("image_tokens",), ("prefill", "decode", "peak_gb"))
-    finish({**report, "limits": limits}, rows, compared)
+            common.print_row(row)
+    compared = common.ratios(rows, ("image_tokens",), ("prefill", "decode", "peak_gb"))
+    common.finish({**report, "limits": limits}, rows, compared)
 
 
 if __name__ == "__main__":

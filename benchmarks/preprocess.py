@@ -13,21 +13,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
-from common import (
-    SIZES,
-    begin,
-    draw_picture,
-    finish,
-    measure_apart,
-    modes,
-    parser,
-    print_row,
-    ratios,
-    repeat,
-)
-from internlm_xcomposer2 import InternLMXcomposer2Config
 from internlm_xcomposer2.image_processing_internlm_xcomposer2 import (
     PreparedImage,
     batch_images,
@@ -53,16 +41,14 @@ def prepare_naively(pictures: list, tile_size: int, hd_num: int) -> tuple[torch.
 
 def measure_pictures(pictures: int, tiles: int, mode: str, repeats: int, size: str) -> dict:
     """So many pictures in one way: a row of the table."""
-    config = InternLMXcomposer2Config(
-        version="2.5", **SIZES[size].text, vision_config=SIZES[size].vision, image_token_id=4, end_token_id=5
-    )
-    drawn = [draw_picture(*SIZES[size].picture, seed=number) for number in range(pictures)]
+    config = common.build_config(size)
+    drawn = [common.picture_for(size, number) for number in range(pictures)]
     visuals = [Visual(image=picture) for picture in drawn]
     prepare = {
         "ours": lambda: prepare_visuals(visuals, config, tiles),
         "naive": lambda: prepare_naively(drawn, config.img_size, tiles),
     }[mode]
-    return {"mode": mode, "of": "pictures", "number": pictures, "time": repeat(prepare, repeats)}
+    return {"mode": mode, "of": "pictures", "number": pictures, "time": common.repeat(prepare, repeats)}
 
 
 def write_video(path: Path, minutes: float, side: int = 64) -> None:
@@ -95,12 +81,12 @@ def measure_video(minutes: float, mode: str, repeats: int) -> dict:
         path = Path(folder) / "film.mp4"
         write_video(path, minutes)
         load = load_video if mode == "ours" else load_video_naively
-        seconds = repeat(lambda: load(path), repeats)
+        seconds = common.repeat(lambda: load(path), repeats)
     return {"mode": mode, "of": "minutes of video", "number": minutes, "time": seconds}
 
 
 def parse_arguments() -> argparse.Namespace:
-    result = parser(__doc__, threads=2)
+    result = common.parser(__doc__, threads=2)
     result.add_argument("--pictures", type=int, nargs="*", default=[1, 8])
     result.add_argument("--tiles", type=int, default=6, help="local tiles that a picture may be cut into")
     result.add_argument(
@@ -111,18 +97,20 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    report = begin("preprocess", arguments)
-    common = {"repeats": arguments.repeats}
-    cases = [
-        (measure_pictures, {"pictures": number, "tiles": arguments.tiles, "size": arguments.size})
-        for number in arguments.pictures
-    ] + [(measure_video, {"minutes": minutes}) for minutes in arguments.minutes]
-    rows = []
-    for function, case in cases:
-        for mode in modes(arguments):
-            rows.append(measure_apart(function, arguments, mode=mode, **common, **case))
-            print_row(rows[-1])
-    finish(report, rows, ratios(rows, ("of", "number"), ("time", "peak_gb")))
+    report = common.begin("preprocess", arguments)
+    ways = [{"mode": mode, "repeats": arguments.repeats} for mode in common.modes(arguments)]
+    rows = common.measure_all(
+        measure_pictures,
+        [
+            {"pictures": number, "tiles": arguments.tiles, "size": arguments.size, **way}
+            for number in arguments.pictures
+            for way in ways
+        ],
+        arguments,
+    )
+    films = [{"minutes": minutes, **way} for minutes in arguments.minutes for way in ways]
+    rows += common.measure_all(measure_video, films, arguments)
+    common.finish(report, rows, common.ratios(rows, ("of", "number"), ("time", "peak_gb")))
 
 
 if __name__ == "__main__":

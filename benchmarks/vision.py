@@ -10,19 +10,8 @@ The last line is JSON.
 
 import argparse
 
+import common
 import torch
-from common import (
-    begin,
-    build_model,
-    finish,
-    measure_apart,
-    model_options,
-    modes,
-    parser,
-    print_row,
-    ratios,
-    repeat,
-)
 
 
 def random_tiles(model, grid: tuple[int, int], num_pictures: int, repeated: bool) -> tuple[torch.Tensor, ...]:
@@ -52,10 +41,10 @@ def measure(
     dtype: str,
 ) -> dict:
     """Some pictures in one way: a row of the table."""
-    model = build_model(size, naive=mode == "naive", adapters=False, device=device, dtype=dtype)
+    model = common.build_model(size, naive=mode == "naive", adapters=False, device=device, dtype=dtype)
     tiles, grids = random_tiles(model, grid, num_pictures, repeated)
     encode = model.get_image_features if mode == "ours" else lambda *given: encode_one_by_one(model, *given)
-    seconds = repeat(lambda: encode(tiles, grids), repeats, device)
+    seconds = common.repeat(lambda: encode(tiles, grids), repeats, device)
     return {
         "mode": mode,
         "tiles": len(tiles),
@@ -66,7 +55,7 @@ def measure(
 
 
 def parse_arguments() -> argparse.Namespace:
-    result = parser(__doc__)
+    result = common.parser(__doc__)
     result.add_argument("--tiles", nargs="*", default=["1x1", "2x3", "4x6"], help="rows x columns")
     result.add_argument("--pictures", type=int, nargs="*", default=[1, 4])
     result.add_argument("--repeated", action="store_true", help="all pictures of a call are the same")
@@ -75,24 +64,22 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    report = begin("vision", arguments)
-    rows = []
-    for name in arguments.tiles:
-        for num_pictures in arguments.pictures:
-            for mode in modes(arguments):
-                row = measure_apart(
-                    measure,
-                    arguments,
-                    grid=tuple(map(int, name.split("x"))),
-                    num_pictures=num_pictures,
-                    repeated=arguments.repeated,
-                    mode=mode,
-                    repeats=arguments.repeats,
-                    **model_options(arguments),
-                )
-                rows.append(row)
-                print_row(row)
-    finish(report, rows, ratios(rows, ("tiles", "pictures"), ("time", "peak_gb")))
+    report = common.begin("vision", arguments)
+    cases = [
+        {
+            "grid": tuple(map(int, name.split("x"))),
+            "num_pictures": num_pictures,
+            "repeated": arguments.repeated,
+            "mode": mode,
+            "repeats": arguments.repeats,
+            **common.model_options(arguments),
+        }
+        for name in arguments.tiles
+        for num_pictures in arguments.pictures
+        for mode in common.modes(arguments)
+    ]
+    rows = common.measure_all(measure, cases, arguments)
+    common.finish(report, rows, common.ratios(rows, ("tiles", "pictures"), ("time", "peak_gb")))
 
 
 if __name__ == "__main__":
