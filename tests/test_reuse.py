@@ -87,7 +87,9 @@ def test_a_picture_is_recognised_by_its_content(model, tokenizer, tmp_path):
     assert other == model.chat(tokenizer, "and?", picture(255), history=list(history), **GREEDY)
     with counted(model) as (_, tiles):
         model.chat(tokenizer, "and?", picture(), hd_num=1, history=history, **GREEDY)
-    assert tiles == [2]  # cut otherwise, so that it is another picture to the decoder
+    assert tiles == [
+        1
+    ]  # cut otherwise, so another picture to the decoder; its one tile is its global view, too
 
 
 def test_a_new_picture_in_a_later_turn_is_the_only_one_encoded(model, tokenizer):
@@ -96,7 +98,7 @@ def test_a_new_picture_in_a_later_turn_is_the_only_one_encoded(model, tokenizer)
     images = [picture(), picture(shade=9)]
     with counted(model) as (_, tiles):
         answer = model.chat(tokenizer, f"and {MARK}?", images, history=history, **ask)
-    assert tiles == [2]
+    assert tiles == [1]  # the one tile of a square is its global view, too
     assert answer == model.chat(tokenizer, f"and {MARK}?", images, history=list(history), **ask)
 
 
