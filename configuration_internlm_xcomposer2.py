@@ -403,24 +403,21 @@ def _guess_version(img_size: int | None, fields: dict) -> str:
 def _text_config(given: dict | PreTrainedConfig | None, fields: dict, defaults: dict):
     """The decoder's configuration; flat text fields are taken out of `fields`."""
     flat = {name: fields.pop(name) for name in _TEXT_ARGUMENTS if name in fields}
-    if isinstance(given, PreTrainedConfig):
-        given = given.to_dict()
     if given is None:
         rank, alpha = defaults["wqkv"]
         given = {"task_adapters": defaults["adapters"], "plora_wqkv_rank": rank, "plora_wqkv_alpha": alpha}
-    given = {key: value for key, value in given.items() if key not in _CALLER_ONLY}
-    return InternLMXcomposer2TextConfig(**{**given, **flat})
+    return InternLMXcomposer2TextConfig(**{**_own_fields(given), **flat})
 
 
 def _vision_config(given: dict | PreTrainedConfig | None, img_size: int | None, defaults: dict):
     """The tower's configuration, CLIP-L/14 where nothing else is said."""
-    if isinstance(given, PreTrainedConfig):
-        given = given.to_dict()
-    given = {key: value for key, value in (given or {}).items() if key not in _CALLER_ONLY}
-    fields = {**_CLIP_LARGE, "image_size": defaults["image_size"], **given}
-    if img_size is not None:
-        fields["image_size"] = img_size
-    return CLIPVisionConfig(**fields)
+    fields = {**_CLIP_LARGE, "image_size": defaults["image_size"], **_own_fields(given or {})}
+    return CLIPVisionConfig(**{**fields, **({} if img_size is None else {"image_size": img_size})})
+
+
+def _own_fields(given: dict | PreTrainedConfig) -> dict:
+    given = given.to_dict() if isinstance(given, PreTrainedConfig) else given
+    return {name: value for name, value in given.items() if name not in _CALLER_ONLY}
 
 
 def _complete(config: InternLMXcomposer2Config, shapes: WeightShapes) -> InternLMXcomposer2Config:
