@@ -51,6 +51,11 @@ HUB_ARGUMENTS = (
 )
 
 
+def hub_arguments_in(arguments: dict) -> dict:
+    """Those of `HUB_ARGUMENTS` among the arguments of `from_pretrained`."""
+    return {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
+
+
 @dataclass(frozen=True)
 class TensorHeader:
     """What a file of weights says of one of its tensors."""
@@ -250,7 +255,7 @@ def read_config(config_class: type, source: str | os.PathLike, **kwargs) -> tupl
     Raises:
         OSError: there is no `config.json`, or it can't be read; says what to run where weights lie there.
     """
-    hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    hub_arguments = hub_arguments_in(kwargs)
     if not os.path.isfile(source) and _find(source, "config.json", hub_arguments) is None:
         raise FileNotFoundError(f"{source} has no config.json{_hint_to_adopt(source)}")
     try:

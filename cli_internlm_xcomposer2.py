@@ -17,6 +17,7 @@ from .inspect_internlm_xcomposer2 import (
     count_parameters,
     examine,
     picture_costs,
+    quantisation_of,
     weight_memory,
 )
 
@@ -162,10 +163,10 @@ def describe(findings: Findings) -> list[str]:
         lines.append(f"video memory projector: {config.video_memory_size} wide (OmniLive)")
     if "score.weight" in findings.headers:
         lines.append("score head: this is a reward model")
-    if packing := findings.packing:
+    if packed := quantisation_of(findings):
         lines.append(
-            f"quantised: {packing.num_linears} linears in {packing.bits} bits by {packing.method.upper()}, "
-            f"groups of {packing.group_size}"
+            f"quantised: {packed['num_linears']} linears in {packed['bits']} bits by "
+            f"{packed['method'].upper()}, groups of {packed['group_size']}"
         )
     return lines
 
@@ -208,7 +209,7 @@ def report(findings: Findings, size: tuple[int, int]) -> dict:
             **{name: getattr(text, name) for name in (*TEXT_SIZES, "plora_alpha", "plora_wqkv_alpha")},
         },
         "task_adapters": text.task_adapters,
-        "quantisation": asdict(findings.packing) if findings.packing else None,
+        "quantisation": quantisation_of(findings),
         "has_score_head": "score.weight" in findings.headers,
         "parameters": {**counts, "total": sum(counts.values())},
         "weight_bytes": weight_memory(findings),

@@ -8,7 +8,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from .auto_internlm_xcomposer2 import IMAGE_PROCESSOR_AUTO_MAP
-from .checkpoint_internlm_xcomposer2 import HUB_ARGUMENTS, checkpoint_config, has_file
+from .checkpoint_internlm_xcomposer2 import checkpoint_config, has_file, hub_arguments_in
 from .configuration_internlm_xcomposer2 import VERSIONS
 from .conversation_internlm_xcomposer2 import Medium, flatten_images, flatten_videos
 from .ixc_utils import MAX_FRAMES, check_hd_num
@@ -68,7 +68,7 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
             OSError: there is neither.
         """
         source = pretrained_model_name_or_path
-        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        hub_arguments = hub_arguments_in(kwargs)
         own_files = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
         known = os.path.isfile(source) or any(has_file(source, name, **hub_arguments) for name in own_files)
         if known or not has_file(source, CONFIG_NAME, **hub_arguments):

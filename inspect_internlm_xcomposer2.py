@@ -1,6 +1,7 @@
 """What a checkpoint is, by the headers of its weights: version, sizes, parameters, memory."""
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from .checkpoint_internlm_xcomposer2 import (
     TensorHeader,
     adopt_command,
     asking_for_heads,
+    quantize_fields,
     read_headers,
     read_weight_map,
     shards_without_index,
@@ -23,6 +25,7 @@ from .checkpoint_internlm_xcomposer2 import (
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .ixc_utils import num_image_tokens, num_square_tokens, plan_tiles
 from .modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
+from .packed_internlm_xcomposer2 import Packing, packing_of, unpacked_shapes
 from .visual_internlm_xcomposer2 import LAYOUTS
 from .weight_shapes_internlm_xcomposer2 import plain_name
 
@@ -39,7 +42,7 @@ _PARTS = {
 }
 _BUFFERS = re.compile("|".join(InternLMXComposer2ForCausalLM._keys_to_ignore_on_load_unexpected))
 _OPTIONAL = re.compile("|".join(InternLMXComposer2ForCausalLM._keys_to_ignore_on_load_missing))
-_PACKED = re.compile(r"\.(qweight|qzeros|scales|g_idx)$")
+_LINEAR = re.compile(r"\.(wqkv|wo|w1|w2|w3)(\.linear)?\.weight$")
 _BUDGETS = (1, 6, 12, 24, 36, 55)
 
 NF4_BYTES = 0.5 + 4 / 64  # per weight: four bits, and a float32 scale for each block of 64
@@ -57,16 +60,6 @@ FORMULAS = {
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How the decoder's linears are quantised."""
-
-    method: str  # "gptq" or "awq"
-    bits: int
-    group_size: int
-    num_linears: int
-
-
-@dataclass(frozen=True)
 class Findings:
     """What `examine` found out about a checkpoint."""
 
@@ -77,6 +70,7 @@ class Findings:
     paths: tuple[Path, ...]  # of the weights
     has_index: bool  # of its shards; or it has no shards
     packing: Packing | None
+    shapes: dict[str, tuple[int, ...]]  # of the weights, unpacked
     notes: tuple[str, ...]  # what is missing or assumed, in plain words
     missing: tuple[str, ...]  # tensors that the model needs and the files lack
     unknown: tuple[str, ...]  # tensors that the model doesn't know
@@ -126,15 +120,17 @@ def examine(
     fields = _fields_of(source, notes)
     if num_attention_heads is not None:
         fields["num_attention_heads"] = num_attention_heads
-    config = _completed(fields, headers, source)
+    shapes = {name: header.shape for name, header in headers.items()}
+    says = fields.get("quantization_config") or quantize_fields(source)
+    packing = packing_of(shapes, {"quantization_config": says})
+    shapes = unpacked_shapes(shapes, packing) if packing else shapes
+    config = _completed(fields, shapes, source)
     if "num_attention_heads" not in {**fields, **(fields.get("text_config") or {})}:
         heads = f"{config.num_attention_heads} attention heads of width {config.text_config.head_dim}"
         notes.append(f"config.json names no num_attention_heads: assumed {heads}")
-    packing = find_packing(headers)
-    missing, unknown = compare_with_model(config, headers, packing)
-    return Findings(
-        source, fields, config, headers, tuple(paths), has_index, packing, tuple(notes), missing, unknown
-    )
+    missing, unknown = compare_with_model(config, shapes, packing)
+    weights = headers, tuple(paths), has_index, packing, shapes
+    return Findings(source, fields, config, *weights, tuple(notes), missing, unknown)
 
 
 def _weights_of(source: Path, notes: list[str]) -> tuple[list[Path], bool]:
@@ -172,43 +168,46 @@ def _fields_of(source: Path, notes: list[str]) -> dict:
     return fields
 
 
-def _completed(fields: dict, headers: dict[str, TensorHeader], source: Path) -> InternLMXcomposer2Config:
+def _completed(fields: dict, shapes: dict[str, tuple[int, ...]], source: Path) -> InternLMXcomposer2Config:
     fields = {name: value for name, value in fields.items() if name != "model_type"}
-    shapes = {name: header.shape for name, header in headers.items()}
     with asking_for_heads(source):
         return InternLMXcomposer2Config.from_dict(fields).complete_from_shapes(shapes)
 
 
-def find_packing(headers: dict[str, TensorHeader]) -> Packing | None:
-    """How linears are packed, told from the shapes: GPTQ packs inputs into a word, AWQ outputs."""
-    names = [name for name in headers if name.endswith(".qweight")]
-    if not names:
-        return None
-    prefix = names[0].removesuffix("linear.qweight").removesuffix("qweight")
-    stem = names[0].removesuffix("qweight")
-    num_inputs = headers[f"{prefix}Plora_A.weight"].shape[1]
-    num_outputs = headers[f"{prefix}Plora_B.weight"].shape[0]
-    packed = headers[names[0]]
-    method = "gptq" if packed.shape[1] == num_outputs else "awq"
-    bits = 8 * packed.num_bytes // (num_inputs * num_outputs)
-    groups = headers[f"{stem}scales"].shape[0] if f"{stem}scales" in headers else 1
-    return Packing(method, bits, num_inputs // groups, len(names))
-
-
 def compare_with_model(
-    config: InternLMXcomposer2Config, headers: dict[str, TensorHeader], packing: Packing | None
+    config: InternLMXcomposer2Config, shapes: dict[str, tuple[int, ...]], packing: Packing | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Tensors that the files lack, and those that the model doesn't know; a wrong shape makes both."""
+    """Tensors that the files lack, and those that the model doesn't know; a wrong shape makes both.
+
+    Args:
+        shapes: those of the weights, unpacked. Packed linears may have a bias: of zeros it is dropped.
+    """
     with torch.device("meta"):
         model = InternLMXComposer2ForCausalLM(config)
     expected = {(plain_name(name), tuple(value.shape)) for name, value in model.state_dict().items()}
-    found = {(plain_name(name), header.shape) for name, header in headers.items() if not _PACKED.search(name)}
-    if packing:
-        packed = {plain_name(name).removesuffix("qweight") for name in headers if name.endswith(".qweight")}
-        expected = {pair for pair in expected if pair[0].removesuffix("weight") not in packed}
+    biases = {f"{linear}.bias" for linear in packing.linears} if packing else set()
+    found = {(plain_name(name), shape) for name, shape in shapes.items() if name not in biases}
     missing = {_named(pair) for pair in expected - found if not _OPTIONAL.search(pair[0])}
     unknown = {_named(pair) for pair in found - expected if not _BUFFERS.search(pair[0])}
     return tuple(sorted(missing)), tuple(sorted(unknown))
+
+
+def quantisation_of(findings: Findings) -> dict | None:
+    """Method, bits, group size and number of packed linears; `None` where none is packed."""
+    packing = findings.packing
+    if packing is None:
+        return None
+    linear = packing.linears[0]
+    num_inputs, num_groups = (
+        findings.shapes[plain_name(f"{linear}.weight")][1],
+        findings.headers[f"{linear}.scales"].shape[0],
+    )
+    return {
+        "method": packing.method,
+        "bits": packing.bits,
+        "group_size": num_inputs // num_groups if packing.group_size in (None, -1) else packing.group_size,
+        "num_linears": len(packing.linears),
+    }
 
 
 def _named(pair: tuple[str, tuple[int, ...]]) -> str:
@@ -229,30 +228,26 @@ def part_of(name: str) -> str:
 
 
 def count_parameters(findings: Findings) -> dict[str, int]:
-    """Parameters of each part; packed weights count as what they unpack to, buffers and scales not at all."""
+    """Parameters of each part, without buffers; packed weights count as what they unpack to."""
     counts: dict[str, int] = {}
-    for name, header in findings.headers.items():
-        if _BUFFERS.search(name) or re.search(r"\.(qzeros|scales|g_idx)$", name):
-            continue
-        count = header.num_elements
-        if name.endswith(".qweight"):
-            count = 8 * header.num_bytes // findings.packing.bits
-        counts[part_of(name)] = counts.get(part_of(name), 0) + count
+    for name, shape in findings.shapes.items():
+        if not _BUFFERS.search(name):
+            counts[part_of(name)] = counts.get(part_of(name), 0) + math.prod(shape)
     return counts
 
 
 def weight_memory(findings: Findings) -> dict[str, int]:
     """Bytes that the weights take in memory, by type; `stored` is what they take as they lie on disk."""
     total = sum(count_parameters(findings).values())
-    linears = sum(
-        header.num_elements if name.endswith("weight") and header.dtype.is_floating_point else 0
-        for name, header in findings.headers.items()
-        if re.search(r"\.(wqkv|wo|w1|w2|w3)(\.linear)?\.weight$", name)
-    )
-    memory = {"float32": 4 * total, "bfloat16": 2 * total, "float16": 2 * total}
-    if linears:
-        memory |= {"int8": 2 * total - linears, "nf4": int(2 * total - (2 - NF4_BYTES) * linears)}
-    return {"stored": sum(header.num_bytes for header in findings.headers.values()), **memory}
+    linears = sum(math.prod(shape) for name, shape in findings.shapes.items() if _LINEAR.search(name))
+    return {
+        "stored": sum(header.num_bytes for header in findings.headers.values()),
+        "float32": 4 * total,
+        "bfloat16": 2 * total,
+        "float16": 2 * total,
+        "int8": 2 * total - linears,
+        "nf4": int(2 * total - (2 - NF4_BYTES) * linears),
+    }
 
 
 @dataclass(frozen=True)

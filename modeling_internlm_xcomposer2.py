@@ -1,4 +1,4 @@
-"""The whole model: pictures into the decoder's embeddings, `forward`, `generate`, loading and saving."""
+"""The whole model: pictures into the decoder's embeddings, `forward`, loading and saving."""
 
 import os
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from transformers.utils import can_return_tuple
 from .build_mlp import build_projector, build_vision_projector, build_vision_tower
 from .chat_internlm_xcomposer2 import ChatMixin
 from .checkpoint_internlm_xcomposer2 import (
-    HUB_ARGUMENTS,
     asking_for_heads,
     check_loading,
     checkpoint_shapes,
     choose_adapters,
+    hub_arguments_in,
     read_config,
 )
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
@@ -129,7 +129,7 @@ class InternLMXComposer2ForCausalLM(
             FileNotFoundError: the directory holds no weights.
         """
         source = pretrained_model_name_or_path
-        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        hub_arguments = hub_arguments_in(kwargs)
         quantization = quantizer_argument(kwargs.pop("quantization_config", None), kwargs.get("device_map"))
         if not isinstance(config, PreTrainedConfig):
             config, kwargs = read_config(cls.config_class, config or source, **kwargs)

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import GenerationConfig, PreTrainedConfig
 
-from .checkpoint_internlm_xcomposer2 import HUB_ARGUMENTS, checkpoint_tensors, quantize_fields
+from .checkpoint_internlm_xcomposer2 import checkpoint_tensors, hub_arguments_in, quantize_fields
+from .weight_shapes_internlm_xcomposer2 import plain_name
 
 WORD = 32  # bits of a packed word
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -81,18 +82,13 @@ def packing_of(shapes: Mapping[str, tuple[int, ...]], config: object = None) -> 
     return packing
 
 
-def plain_name(name: str) -> str:
-    """The published name of a packed linear's weight: `...w1.linear` and `...w1` both give `...w1.weight`."""
-    return f"{name.removesuffix('.linear')}.weight"
-
-
 def unpacked_shapes(shapes: Mapping[str, tuple[int, ...]], packing: Packing) -> dict[str, tuple[int, ...]]:
     """The shapes of the same checkpoint with (out, in) weights instead of packed tensors."""
     packed = {f"{linear}.{part}" for linear in packing.linears for part in _PARTS}
     plain = {name: shape for name, shape in shapes.items() if name not in packed}
     for linear in packing.linears:
         outputs = shapes[f"{linear}.scales"][1]
-        plain[plain_name(linear)] = (outputs, _num_inputs(shapes, linear, packing))
+        plain[plain_name(f"{linear}.weight")] = (outputs, _num_inputs(shapes, linear, packing))
     return plain
 
 
@@ -125,7 +121,9 @@ def unpacked_tensors(
         parts = {part: tensors.get(f"{linear}.{part}") for part in _PARTS}
         size = shapes[f"{linear}.scales"][1], _num_inputs(shapes, linear, packing)
         groups = _group_index(linear, parts["g_idx"], shapes[f"{linear}.scales"][0], size[1], packing)
-        plain[plain_name(linear)] = LazyTensor(size, dtype, _unpacker(parts, groups, packing, dtype))
+        plain[plain_name(f"{linear}.weight")] = LazyTensor(
+            size, dtype, _unpacker(parts, groups, packing, dtype)
+        )
     return plain
 
 
@@ -174,7 +172,7 @@ def loading_arguments(
     Raises:
         ValueError: see `packing_of` and `unpacked_tensors`.
     """
-    hub_arguments = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
+    hub_arguments = hub_arguments_in(arguments)
     packing = _packing_to_undo(source, shapes, config, quantization, hub_arguments)
     if packing is None:
         return source, shapes, config, arguments

@@ -11,7 +11,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
 from .auto_internlm_xcomposer2 import PROCESSOR_AUTO_MAP
-from .checkpoint_internlm_xcomposer2 import HUB_ARGUMENTS, checkpoint_config, has_file
+from .checkpoint_internlm_xcomposer2 import checkpoint_config, has_file, hub_arguments_in
 from .conversation_internlm_xcomposer2 import (
     VIDEO_MARK,
     Medium,
@@ -97,7 +97,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
             OSError: there is neither.
         """
         source = pretrained_model_name_or_path
-        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        hub_arguments = hub_arguments_in(kwargs)
         if has_file(source, PROCESSOR_NAME, **hub_arguments) or not has_file(
             source, CONFIG_NAME, **hub_arguments
         ):

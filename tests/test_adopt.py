@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,8 @@ from internlm_xcomposer2 import convert_internlm_xcomposer2 as converting
 from internlm_xcomposer2 import description_internlm_xcomposer2 as describing
 from internlm_xcomposer2.adopt_internlm_xcomposer2 import adopt
 from internlm_xcomposer2.cli_internlm_xcomposer2 import default_target, main
+from internlm_xcomposer2.inspect_internlm_xcomposer2 import quantisation_of
+from packers import pack_checkpoint
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
@@ -248,37 +249,24 @@ def test_shards_without_an_index_get_one(tmp_path, kind):
     assert torch.equal(logits_of(AutoModel.from_pretrained(tmp_path / "target")), logits_of(model))
 
 
-def packed_weights(model, method: str) -> dict[str, torch.Tensor]:
-    """Published weights whose plain linears have the names and shapes of 4-bit ones, in groups of 16."""
-    weights = published_weights(model)
-    for name in [name for name in weights if re.search(r"\.(wqkv|wo|w1|w2|w3)\.weight$", name)]:
-        outputs, inputs = weights.pop(name).shape
-        stem = name.removesuffix("weight") + "linear."
-        shape = (inputs // 8, outputs) if method == "gptq" else (inputs, outputs // 8)
-        weights[f"{stem}qweight"] = torch.zeros(shape, dtype=torch.int32)
-        weights[f"{stem}qzeros"] = torch.zeros(inputs // 16, outputs // 8, dtype=torch.int32)
-        weights[f"{stem}scales"] = torch.ones(inputs // 16, outputs, dtype=torch.float16)
-        if method == "gptq":
-            weights[f"{stem}g_idx"] = torch.arange(inputs, dtype=torch.int32) // 16
-    return weights
-
-
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_packed_weights_keep_their_names_and_their_quantiser(tmp_path, method):
-    model = tiny_model("2.5")
     quantiser = {"quant_method": method, "bits": 4, "group_size": 16}
     silent = {"intermediate_size": ..., "num_key_value_heads": ..., "quantization_config": quantiser}
-    weights = packed_weights(model, method)
+    weights, plain = pack_checkpoint(published_weights(tiny_model("2.5")), method)
     published_source(tmp_path / "source", changes=silent, weights=weights, shards=2)
     (tmp_path / "source" / "quantize_config.json").write_text("{}")
     findings = adopt(tmp_path / "source", tmp_path / "target").findings
-    assert (findings.packing.method, findings.packing.bits, findings.packing.group_size) == (method, 4, 16)
-    assert findings.packing.num_linears == 10
+    assert quantisation_of(findings) == {"method": method, "bits": 4, "group_size": 16, "num_linears": 10}
     fields = read_json(tmp_path / "target" / "config.json")
     assert fields["quantization_config"] == quantiser
     assert fields["text_config"]["intermediate_size"] == 64
     assert fields["text_config"]["num_key_value_heads"] == 2
     assert (tmp_path / "target" / "quantize_config.json").is_file()
+    published_source(tmp_path / "plain", weights=plain)
+    adopted = AutoModel.from_pretrained(tmp_path / "target", trust_remote_code=True, dtype="float32")
+    unpacked = AutoModel.from_pretrained(tmp_path / "plain", trust_remote_code=True, dtype="float32")
+    assert torch.equal(logits_of(adopted), logits_of(unpacked))
 
 
 # ---- running twice ----

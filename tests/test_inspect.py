@@ -34,6 +34,7 @@ from internlm_xcomposer2.inspect_internlm_xcomposer2 import (
     picture_costs,
     weight_memory,
 )
+from packers import pack_checkpoint
 
 SMALL = {"hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 8192}
 FULL_SIZES = {
@@ -71,12 +72,7 @@ def test_full_sizes_are_told_from_the_headers_alone(tmp_path, key):
 
 def test_packed_weights_count_as_what_they_unpack_to(tmp_path):
     model = tiny_model("2.5")
-    weights = published_weights(model)
-    plain = weights.pop("model.layers.0.feed_forward.w1.weight")
-    outputs, inputs = plain.shape
-    stem = "model.layers.0.feed_forward.w1.linear."
-    weights[f"{stem}qweight"] = torch.zeros(inputs // 8, outputs, dtype=torch.int32)
-    weights[f"{stem}scales"] = torch.ones(inputs // 16, outputs, dtype=torch.float16)
+    weights, _ = pack_checkpoint(published_weights(model), "gptq")
     published_source(tmp_path, weights=weights)
     assert sum(count_parameters(examine(tmp_path)).values()) == sum(p.numel() for p in model.parameters())
 
