@@ -71,6 +71,15 @@ class ChatPrompt:
         return tokens
 
 
+@dataclass(frozen=True)
+class Capture:
+    """What is needed to keep a cache once the answer is there."""
+
+    cache: Cache
+    tokens: Sequence[Hashable]
+    origin: Hashable
+
+
 class AnswerMixin:
     """What `chat` and the writing methods share. Needs a model with `embed_inputs`, `config` and `generate`.
 
@@ -165,7 +174,7 @@ class AnswerMixin:
 
     def _reuse(
         self, prompt: ChatPrompt, earlier: PromptCache | None, infer_mode: str
-    ) -> tuple[dict, "Capture | None"]:
+    ) -> tuple[dict, Capture]:
         """Inputs that begin behind what `earlier` holds of the prompt, and what keeps the result."""
         identities = [visual.identity(self.config, prompt.hd_num, self.font) for visual in prompt.visuals]
         tokens, origin = prompt.tokens(identities), origin_of(self, infer_mode)
@@ -179,7 +188,7 @@ class AnswerMixin:
         inputs = {**self._inputs_of([prompt], num_cached=shared), "past_key_values": cache}
         return inputs, Capture(cache, tokens, origin)
 
-    def _capture(self, kept: "Capture", answer: Tensor, num_rows: int) -> PromptCache | None:
+    def _capture(self, kept: Capture, answer: Tensor, num_rows: int) -> PromptCache | None:
         """Keys and values of a prompt and, unless there were several answers, of its answer."""
         prompt_length = len(kept.tokens)
         tokens = [*kept.tokens, *answer.tolist()] if num_rows == 1 else kept.tokens
@@ -227,15 +236,6 @@ class AnswerMixin:
             outputs = GenerationMixin.generate(self, ids, **kwargs)
         sequences = getattr(outputs, "sequences", outputs)
         return sequences if ids is None else sequences[:, ids.shape[1] :]
-
-
-@dataclass(frozen=True)
-class Capture:
-    """What is needed to keep a cache once the answer is there."""
-
-    cache: Cache
-    tokens: Sequence[Hashable]
-    origin: Hashable
 
 
 def penalise_rows(inputs: dict, kwargs: dict) -> dict:

@@ -90,22 +90,18 @@ class ChatMixin(AnswerMixin):
         images: Sequence | None = None,
         hd_num: int | None = None,
         histories: Sequence[History] | None = None,
-        max_new_tokens: int = 1024,
-        do_sample: bool = True,
-        num_beams: int = 1,
-        temperature: float = 1.0,
-        top_p: float = 0.8,
-        repetition_penalty: float = 1.005,
-        infer_mode: str = "base",
+        *,
         use_meta: bool | None = None,
         meta_instruction: str | None = META_INSTRUCTION,
-        **generate_kwargs,
+        **settings,
     ) -> list[tuple[str, ChatHistory]]:
-        """Answer several questions at once, each as `chat` would alone.
+        """Answer several questions at once, each as `chat` would alone, but for what sampling draws.
 
         Args:
             images: for each question what `chat` takes as `image`: none, one or several, of any size.
             histories: for each question its earlier turns.
+            settings: how answers are drawn, with the names and defaults of `chat`, and anything else that
+                `generate` takes.
 
         Returns:
             For each question the answer, and its history with this turn added.
@@ -113,17 +109,7 @@ class ChatMixin(AnswerMixin):
         Raises:
             ValueError, TypeError, FileNotFoundError: anything wrong with the arguments, before any compute.
         """
-        settings = self._settings(
-            tokenizer,
-            infer_mode=infer_mode,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            num_beams=num_beams,
-            temperature=temperature,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            **generate_kwargs,
-        )
+        settings = self._settings(tokenizer, **settings)
         check_batch(queries, images, histories, settings)
         meta = self._system_text(use_meta, meta_instruction)
         nothing = [()] * len(queries)
@@ -148,37 +134,27 @@ class ChatMixin(AnswerMixin):
         image=(),
         hd_num: int | None = None,
         history: History = (),
-        max_new_tokens: int = 1024,
-        do_sample: bool = True,
-        temperature: float = 1.0,
-        top_p: float = 0.8,
-        repetition_penalty: float = 1.005,
-        infer_mode: str = "base",
+        *,
         use_meta: bool | None = None,
         meta_instruction: str | None = META_INSTRUCTION,
         reuse: bool = True,
-        **generate_kwargs,
+        **settings,
     ) -> ChatStream:
         """As `chat`, with an iterator of pieces of the answer, which has the `history` at its end.
 
         Closing the iterator stops the computation after the current token.
 
+        Args:
+            settings: as in `batch_chat`.
+
         Raises:
             ValueError, TypeError, FileNotFoundError: as `chat`, at the call.
         """
-        if generate_kwargs.get("streamer") is not None:
+        if settings.get("streamer") is not None:
             raise ValueError("a stream has its own streamer; pass yours to chat")
-        generate_kwargs["streamer"] = True  # another takes its place below
         settings = self._settings(
-            tokenizer,
-            infer_mode=infer_mode,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            **generate_kwargs,
-        )
+            tokenizer, **{**settings, "streamer": True}
+        )  # another takes its place below
         turns = check_turns(query, history)
         meta = self._system_text(use_meta, meta_instruction)
         prompt = self.plan_chat(tokenizer, query, image, hd_num, turns, meta)
@@ -236,16 +212,36 @@ class ChatMixin(AnswerMixin):
         use_meta = self.config.version != "2.5" if use_meta is None else use_meta
         return (meta_instruction or "") if use_meta else ""
 
-    def _settings(self, tokenizer, *, do_sample: bool, temperature: float, top_p: float, **settings) -> dict:
+    def _settings(
+        self,
+        tokenizer,
+        *,
+        max_new_tokens: int | None = 1024,
+        do_sample: bool = True,
+        num_beams: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 0.8,
+        repetition_penalty: float = 1.005,
+        infer_mode: str = "base",
+        **settings,
+    ) -> dict:
         """`generate`'s arguments: how tokens are drawn, where an answer ends, and what the caller adds.
 
         Raises:
             ValueError, TypeError: they, or the tokenizer, can't be worked with.
         """
         self.check_tokenizer(tokenizer)
-        sampling = {"temperature": temperature, "top_p": top_p} if do_sample else {}
-        stops = {"eos_token_id": self.stop_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-        settings = {"do_sample": do_sample, **stops, **sampling, **settings}
+        settings = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": do_sample,
+            "num_beams": num_beams,
+            **({"temperature": temperature, "top_p": top_p} if do_sample else {}),
+            "repetition_penalty": repetition_penalty,
+            "infer_mode": infer_mode,
+            "eos_token_id": self.stop_token_ids(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            **settings,
+        }
         self._check_settings(settings)
         return settings
 
