@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import published_tokenizer, tiny_model, write_checkpoint
+from helpers import ROOT, published_tokenizer, tiny_model, write_checkpoint
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Tokenizer
 
 
@@ -53,3 +53,15 @@ def published(tmp_path_factory) -> InternLMXComposer2Tokenizer:
 def tiny() -> Callable[..., InternLMXComposer2ForCausalLM]:
     """Configuration fields -> a random model of two layers."""
     return tiny_model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> InternLMXComposer2Tokenizer:
+    """The small vocabulary, decoded as it stands; modules with another one have a fixture of their own."""
+    return InternLMXComposer2Tokenizer(str(ROOT / "tokenizer.model"), clean_up_tokenization_spaces=False)
+
+
+@pytest.fixture(scope="session")
+def model() -> InternLMXComposer2ForCausalLM:
+    """A random model of version 2.5 with two layers. Shared: don't change it."""
+    return tiny_model("2.5")

@@ -4,23 +4,12 @@ import threading
 
 import pytest
 import torch
-from helpers import ROOT, golden_directory, tiny_model
-from internlm_xcomposer2 import InternLMXComposer2Tokenizer
+from helpers import golden_directory, tiny_model
 from internlm_xcomposer2.streaming_internlm_xcomposer2 import AnswerStreamer, EndMarkFilter
 from PIL import Image
 from transformers import TextIteratorStreamer, TextStreamer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return InternLMXComposer2Tokenizer(str(ROOT / "tokenizer.model"), clean_up_tokenization_spaces=False)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("2.5")
 
 
 @pytest.fixture(scope="module")

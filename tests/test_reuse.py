@@ -8,22 +8,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import ROOT, golden_directory, prompt_with_pictures, random_pictures, tiny_model
-from internlm_xcomposer2 import InternLMXComposer2Tokenizer
+from helpers import golden_directory, prompt_with_pictures, random_pictures, tiny_model
 from PIL import Image
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 MARK = "<ImageHere>"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return InternLMXComposer2Tokenizer(str(ROOT / "tokenizer.model"), clean_up_tokenization_spaces=False)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("2.5")
 
 
 def picture(shade: int = 0) -> Image.Image:
