@@ -1,8 +1,8 @@
 """Several rows in one sequence without padding, exactly as if each were alone.
 
-Positions restart with each row. From that alone `create_causal_mask` of transformers, and the kernels of flash
-attention, see where one row ends, as long as there is neither an attention mask nor a cache. Every row begins
-with BOS, which is no label, so no row is asked to predict the next one's start.
+Positions restart with each row. From that alone `create_causal_mask` of transformers, and the kernels of
+flash attention, see where one row ends, as long as there is neither an attention mask nor a cache. Every row
+begins with BOS, which is no label, so no row is asked to predict the start of the next.
 """
 
 from bisect import bisect_left, insort
