@@ -67,12 +67,10 @@ class FileReport:
 
     def __str__(self) -> str:
         drawn = "" if self.samples is None else f", {self.samples} drawn"
-        counts = self.token_counts()
-        tokens = ", ".join(f"{name} {count:g}" for name, count in counts.items())
+        counts = ", ".join(f"{name} {count:.15g}" for name, count in self.token_counts().items())
+        tokens = f"tokens {counts}; " if counts else ""
         bad = f"{len(self.faults)} bad" if self.faults else "all good"
-        return "; ".join(
-            [f"{self.file}: {self.rows} rows{drawn}", *([f"tokens {tokens}"] if tokens else []), bad]
-        )
+        return f"{self.file}: {self.rows} rows{drawn}; {tokens}{bad}"
 
 
 def check_row(row: Row, encoder: RowEncoder, *, decode: bool = True) -> tuple[int, Finding | None, bool]:
@@ -164,7 +162,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("data", nargs="+", type=Path, help="JSON lists, JSON lines (.jsonl), or mixtures of them (.txt)")
     add("--model", required=True, help="the checkpoint that is to be trained")
     add("--media-root", help="what relative paths of pictures are relative to, instead of each file's folder")
-    add("--ignore-keys", nargs="+", default=(), help="keys of rows that may be there and mean nothing")
+    add("--ignore-key", action="append", default=[], help="a key of rows that may be there and means nothing")
     add("--max-length", type=int, help="tokens that a row may have; by default the model's context")
     add("--layout", choices=PROMPTS, default="inference", help="as in training")
     add("--hd-num", type=int, help="local tiles of a picture; by default as in chat")
@@ -186,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         encoder,
         decode=not args.headers_only,
         media_root=args.media_root,
-        ignore_keys=args.ignore_keys,
+        ignore_keys=args.ignore_key,
         workers=max(1, args.workers),
     )
     if args.json:
