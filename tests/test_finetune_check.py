@@ -110,6 +110,7 @@ def test_the_command_runs_as_a_module_and_takes_the_context_as_the_limit(data, c
     path = write_json(data / "more.json", [published_row(width=130, height=60)])
     ignored = ["--ignore-key", "width", "--ignore-key", "height"]
     monkeypatch.setattr(sys, "argv", ["check_data", "--model", str(ROOT), "--json", *ignored, str(path)])
+    monkeypatch.delitem(sys.modules, "finetune.check_data")  # so that it is run as if for the first time
     with pytest.raises(SystemExit) as done:
         runpy.run_module("finetune.check_data", run_name="__main__")
     assert done.value.code == 0

@@ -15,6 +15,7 @@ from helpers import (
     prompt_with_pictures,
     random_pictures,
     tiny_model,
+    training_cases,
 )
 from internlm_xcomposer2.embedding_methods_internlm_xcomposer2 import IGNORED
 from internlm_xcomposer2.ixc_utils import HD_transform, R560_HD18_Identity_transform
@@ -29,16 +30,6 @@ from finetune.packing import PackedDataset, check_packing, plan_packs
 from finetune.rows import Row, RowFault, Turn
 
 VERSIONS = ("2", "2-4khd", "2.5")
-TRAINING = [
-    (family, name)
-    for family, name in (
-        ("2d5", "train_multi"),
-        ("2d5", "train_text"),
-        ("4khd", "train_text"),
-        ("vl", "train_multi"),
-    )
-    if (golden_directory() / family / f"{name}.json").exists()
-]
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -186,7 +177,7 @@ def rows_of_case(case: dict) -> list[Row]:
 
 
 @needs_published_tokenizer
-@pytest.mark.parametrize(("family", "name"), TRAINING)
+@pytest.mark.parametrize(("family", "name"), training_cases())
 def test_the_loss_of_the_original_trainer(family, name, family_model, published):
     case, tensors = golden_case(family, name)
     model = family_model(family)
