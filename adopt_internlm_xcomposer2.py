@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .checkpoint_internlm_xcomposer2 import INDEX_FILES, read_headers
 from .convert_internlm_xcomposer2 import INDEX, Piece, convert, index_of, plan_pieces
-from .description_internlm_xcomposer2 import class_for, describe_checkpoint, json_bytes
+from .description_internlm_xcomposer2 import describe_checkpoint, json_bytes
 from .inspect_internlm_xcomposer2 import Findings, examine
 
 MARKER = "ixc2_adopted.json"  # in an adopted directory: where it came from, and what was written
@@ -135,11 +135,8 @@ def check_loadable(findings: Findings) -> None:
         for what, names in (("missing", findings.missing), ("unknown", findings.unknown))
         if names
     ]
-    if not faults or ("score.weight" in findings.headers and class_for("AutoModelForSequenceClassification")):
-        return
-    if "score.weight" in findings.headers and "output.weight" not in findings.headers:
-        faults.append("this is a reward model, and the package has no class for its score head")
-    raise ValueError(f"{findings.source} can't be loaded by this package; tensors {'; '.join(faults)}")
+    if faults:
+        raise ValueError(f"{findings.source} can't be loaded by this package; tensors {'; '.join(faults)}")
 
 
 # ---- weights ----

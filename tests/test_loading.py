@@ -150,9 +150,9 @@ def test_a_wholly_offloaded_model_answers(tmp_path, version):
 def test_missing_and_unknown_tensors_are_listed(tmp_path):
     model = tiny_model("2.5")
     weights = published_weights(model)
-    weights["score.weight"] = weights.pop("output.weight")[:1]
+    weights["head.weight"] = weights.pop("output.weight")[:1]
     write_published(tmp_path, weights, flat_config(model))
-    with pytest.raises(ValueError, match=r"1 missing: output\.weight.*1 unexpected: score\.weight"):
+    with pytest.raises(ValueError, match=r"1 missing: output\.weight.*1 unexpected: head\.weight"):
         AutoModel.from_pretrained(tmp_path)
 
 
