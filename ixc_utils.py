@@ -315,7 +315,7 @@ def R560_HD18_Identity_transform(
 
 def Video_transform(img: Image.Image, hd_num: int = 25, *, tile_size: int = TILE_SIZE) -> Image.Image:
     """A composite of video frames as 2.5 reads it. `hd_num` is accepted for old callers and plays no part."""
-    return tile_picture(img, plan_video(*_upright_size(img), tile_size=tile_size))
+    return tile_picture(img, plan_video(*upright_size(img), tile_size=tile_size))
 
 
 def frame2img(
@@ -343,11 +343,11 @@ def load_video(
 
 
 def _tile_by_rule(image: Image.Image, hd_num: int, tile_size: int, layout: str) -> Image.Image:
-    height, width = _upright_size(image)
+    height, width = upright_size(image)
     return tile_picture(image, plan_tiles(height, width, tile_size=tile_size, hd_num=hd_num, layout=layout))
 
 
-def _upright_size(image: Image.Image) -> Size:
+def upright_size(image: Image.Image) -> Size:
     """(height, width) of a picture once its EXIF orientation is honoured."""
     turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     return image.size if turned else image.size[::-1]

@@ -15,7 +15,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,14 +26,14 @@ from PIL import Image
 from tqdm import tqdm
 
 try:
-    from .ixc_utils import MAX_FRAMES, plan_frames, to_rgb
-    from .video_internlm_xcomposer2 import open_video
+    from .ixc_utils import MAX_FRAMES, Size, plan_frames, to_rgb, upright_size
+    from .video_internlm_xcomposer2 import DecordReader, PyAVReader, open_video
 except ImportError:
     if __package__:
         raise
     # A model directory on sys.path, this file imported as a top-level module.
-    from ixc_utils import MAX_FRAMES, plan_frames, to_rgb
-    from video_internlm_xcomposer2 import open_video
+    from ixc_utils import MAX_FRAMES, Size, plan_frames, to_rgb, upright_size
+    from video_internlm_xcomposer2 import DecordReader, PyAVReader, open_video
 
 MediaSource = (
     str | os.PathLike | bytes | bytearray | io.BytesIO | BinaryIO | Image.Image | np.ndarray | torch.Tensor
@@ -97,13 +98,27 @@ def load_image(
         return _finish_image(_array_to_image(source), "the array", max_pixels)
     name = describe(source)
     with _open_source(source, timeout=timeout, max_bytes=max_bytes) as file:
-        if _looks_like_video(_peek(file)):
-            raise ValueError(f"{name} is a video; pass it as a video, or one of its frames as a picture")
         return _finish_image(_open_image(file, name), name, max_pixels)
+
+
+def image_size(source: str | os.PathLike) -> Size:
+    """(height, width) of the upright picture in a file, from its header alone.
+
+    Raises as `load_image`, except for what only decoding shows.
+    """
+    name = describe(source)
+    with _open_source(source, timeout=TIMEOUT, max_bytes=MAX_IMAGE_BYTES) as file:
+        image = _open_image(file, name)
+        _check_image_size(image, name, MAX_IMAGE_PIXELS)
+        # Pillow decodes a PNG whose header tells no orientation to see whether one follows the pixels.
+        is_silent = image.format == "PNG" and "exif" not in image.info
+        return image.size[::-1] if is_silent else upright_size(image)
 
 
 def _open_image(file: BinaryIO, name: str) -> Image.Image:
     """Read a picture's header."""
+    if _looks_like_video(_peek(file)):
+        raise ValueError(f"{name} is a video; pass it as a video, or one of its frames as a picture")
     Image.init()
     formats = [kind for kind in IMAGE_FORMATS if kind in Image.OPEN]
     try:
@@ -116,16 +131,20 @@ def _open_image(file: BinaryIO, name: str) -> Image.Image:
 
 def _finish_image(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     """Check the size that the header promises, then decode."""
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ValueError(f"{name} is empty: {width}x{height} px")
-    if width * height > max_pixels:
-        raise ValueError(f"{name} has {width}x{height} px, beyond the limit of {max_pixels}; scale it down")
+    _check_image_size(image, name, max_pixels)
     try:
         image.load()
     except Exception as error:  # decoders raise anything at all on hostile input
         raise ValueError(f"{name} is truncated or broken: {error}") from error
     return to_rgb(image)
+
+
+def _check_image_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ValueError(f"{name} is empty: {width}x{height} px")
+    if width * height > max_pixels:
+        raise ValueError(f"{name} has {width}x{height} px, beyond the limit of {max_pixels}; scale it down")
 
 
 def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
@@ -198,6 +217,40 @@ def load_video(
     if isinstance(source, (list, tuple)):
         indices = plan_frames(len(source), fps, fps=fps, max_frames=max_frames)
         return [load_image(source[index], max_pixels=max_frame_pixels) for index in indices]
+    sampling = {"max_frames": max_frames, "fps": fps}
+    limits = {"timeout": timeout, "max_bytes": max_bytes, "max_frame_pixels": max_frame_pixels}
+    with _open_video(source, **sampling, **limits) as (video, indices):
+        seconds = video.num_frames / (video.average_fps or 1.0)
+        with _progress_bar(len(indices), seconds, progress) as bar:
+            return video.frames(indices, lambda num_read: bar.update(num_read - bar.n))
+
+
+def frame_sizes(
+    source: MediaSource | Sequence[MediaSource], *, max_frames: int = MAX_FRAMES, fps: float = 1.0
+) -> list[Size]:
+    """(height, width) of each frame that `load_video` would give; of a file all are taken to be as the first.
+
+    Raises as `load_video`, except for what only decoding shows.
+    """
+    if isinstance(source, (list, tuple)):
+        indices = plan_frames(len(source), fps, fps=fps, max_frames=max_frames)
+        return [image_size(source[index]) for index in indices]
+    with _open_video(source, max_frames=max_frames, fps=fps) as (video, indices):
+        (first,) = video.frames(indices[:1])
+        return [first.size[::-1]] * len(indices)
+
+
+@contextmanager
+def _open_video(
+    source: MediaSource,
+    *,
+    max_frames: int,
+    fps: float,
+    timeout: float = TIMEOUT,
+    max_bytes: int = MAX_VIDEO_BYTES,
+    max_frame_pixels: int = MAX_FRAME_PIXELS,
+) -> "Iterator[tuple[PyAVReader | DecordReader, list[int]]]":
+    """An open video and the indices of its sampled frames; errors inside get its name."""
     name = describe(source)
     with _open_source(source, timeout=timeout, max_bytes=max_bytes) as file:
         head = _peek(file)
@@ -207,10 +260,7 @@ def load_video(
             raise ValueError(f"{name} is not a video in a known format")
         try:
             with open_video(file, max_frame_pixels=max_frame_pixels) as video:
-                indices = plan_frames(video.num_frames, video.average_fps, fps=fps, max_frames=max_frames)
-                seconds = video.num_frames / (video.average_fps or 1.0)
-                with _progress_bar(len(indices), seconds, progress) as bar:
-                    return video.frames(indices, lambda num_read: bar.update(num_read - bar.n))
+                yield video, plan_frames(video.num_frames, video.average_fps, fps=fps, max_frames=max_frames)
         except ValueError as error:
             raise ValueError(f"{name} can't be read as a video: {error}") from error
 

@@ -48,6 +48,7 @@ from .modeling_internlm2 import (
 from .packed_internlm_xcomposer2 import loading_arguments
 from .parallel_internlm_xcomposer2 import check_divisible, check_gatherable, tensor_parallel_size
 from .quantization_internlm_xcomposer2 import quantizer_argument, saving_quantized, settle_quantized
+from .training_internlm_xcomposer2 import blank_picture, must_see_pictures
 from .visual_internlm_xcomposer2 import check_grids, num_tokens_of_grid
 from .weight_shapes_internlm_xcomposer2 import is_reward
 from .writing_internlm_xcomposer2 import WritingMixin
@@ -292,9 +293,14 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, PromptMixin, InternLM2Pr
         image_grid_hw: Tensor | None = None,
         im_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        *,
+        for_loss: bool,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Ids with pictures, or embeddings with a mask -> (batch, tokens, hidden) for a head.
+
+        Args:
+            for_loss: whether this is a batch of training or evaluation, which every process runs alike.
 
         Raises:
             ValueError: both or neither input, or pictures and prompt don't match.
@@ -307,9 +313,18 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, PromptMixin, InternLM2Pr
             self._check_pictures_present(input_ids, pixel_values, im_mask, past_key_values)
             inputs_embeds, found = self.embed_inputs(input_ids, pixel_values, image_grid_hw, im_mask)
             im_mask = im_mask if found is None else found
+        if for_loss and (im_mask is None or not im_mask.any()) and must_see_pictures(self):
+            inputs_embeds = self._pass_blank_picture(inputs_embeds)
         return self.model(
             inputs_embeds=inputs_embeds, im_mask=im_mask, past_key_values=past_key_values, **kwargs
         )
+
+    def _pass_blank_picture(self, inputs_embeds: Tensor) -> Tensor:
+        """The same embeddings, computed from the vision parts too: a picture of which no token is used."""
+        picture = blank_picture(self.config, inputs_embeds.device)
+        features = torch.cat(self.get_image_features(*picture).pooler_output)
+        nowhere = torch.zeros_like(inputs_embeds, dtype=torch.bool)
+        return inputs_embeds.masked_scatter(nowhere, features.to(inputs_embeds.device, inputs_embeds.dtype))
 
     def _check_pictures_present(
         self, input_ids: Tensor, pixel_values: Tensor | None, im_mask: Tensor | None, cache: Cache | None
@@ -420,6 +435,7 @@ class InternLMXComposer2ForCausalLM(
             image_grid_hw,
             im_mask,
             past_key_values,
+            for_loss=labels is not None,
             attention_mask=attention_mask,
             position_ids=position_ids,
             infer_mode=infer_mode,

@@ -393,6 +393,7 @@ class InternLMXComposer2ForSequenceClassification(InternLMXComposer2Backbone):
             image_grid_hw,
             im_mask,
             past_key_values,
+            for_loss=True,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
