@@ -34,6 +34,8 @@ PROMPTS = ("inference", "training")
 TOO_LONG = ("error", "cut")
 TRAINING_TILES = "centred"  # how the published training of 2.5 lays a picture on its tiles
 
+PICTURES = ("pixel_values", "image_grid_hw")  # what an item with pictures has besides ids and labels
+
 Grid = tuple[int, int]
 
 
@@ -67,6 +69,7 @@ class RowEncoder:
         hd_num: how many local tiles a picture may be cut into; by default as many as in `chat`.
         too_long: what becomes of a row beyond `max_length`: `"error"`, or `"cut"` at its end as long as all
             pictures and some of its answers remain.
+        pixel_dtype: of `pixel_values`. The tower casts them to its own, so that dtype loses nothing.
 
     Raises:
         ValueError, TypeError: an argument that is impossible.
@@ -79,6 +82,7 @@ class RowEncoder:
         layout: str = "inference",
         hd_num: int | None = None,
         too_long: str = "error",
+        pixel_dtype: torch.dtype = torch.float32,
     ) -> None:
         for name, value, known in (("layout", layout, PROMPTS), ("too_long", too_long, TOO_LONG)):
             if value not in known:
@@ -90,6 +94,7 @@ class RowEncoder:
         self.layout = layout
         self.hd_num = None if hd_num is None else check_hd_num(hd_num)
         self.too_long = too_long
+        self.pixel_dtype = pixel_dtype
         tokenizer = processor.tokenizer
         self.opening = tokenizer(f"{BEGIN_OF_TURN}assistant", add_special_tokens=False)["input_ids"]
         self.end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
@@ -149,7 +154,8 @@ class RowEncoder:
         item = {"input_ids": torch.tensor(plan.ids), "labels": torch.tensor(plan.labels)}
         if plan.visuals:
             prepared = [self._prepare(visual, plan.hd_num) for visual in plan.visuals]
-            item["pixel_values"], item["image_grid_hw"] = batch_images(prepared)
+            pixels, item["image_grid_hw"] = batch_images(prepared)
+            item["pixel_values"] = pixels.to(self.pixel_dtype)
         return item
 
     # ---- text ----
@@ -264,7 +270,7 @@ class ConversationDataset(Dataset):
 
     Args:
         rows: as `read_rows` and `read_mixture` give them.
-        processor, max_length, layout, hd_num, too_long: as `RowEncoder` takes them.
+        processor, max_length, layout, hd_num, too_long, pixel_dtype: as `RowEncoder` takes them.
 
     Raises:
         ValueError: there are no rows, or an argument is impossible.
@@ -278,11 +284,12 @@ class ConversationDataset(Dataset):
         layout: str = "inference",
         hd_num: int | None = None,
         too_long: str = "error",
+        pixel_dtype: torch.dtype = torch.float32,
     ) -> None:
         if not rows:
             raise ValueError("there are no rows to train on")
         self.rows = list(rows)
-        self.encoder = RowEncoder(processor, max_length, layout, hd_num, too_long)
+        self.encoder = RowEncoder(processor, max_length, layout, hd_num, too_long, pixel_dtype)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -302,15 +309,13 @@ class ConversationDataset(Dataset):
         Raises:
             RowFault: at the first bad row.
         """
-        known: dict[tuple, int] = {}  # rows of a mixture repeat
-        for row in self.rows:
-            if (row.source, row.index) not in known:
-                known[row.source, row.index] = len(self.encoder.plan(row, decode=False).ids)
-        return [known[row.source, row.index] for row in self.rows]
+        rows = {id(row): row for row in self.rows}  # those of a mixture repeat
+        known = {key: len(self.encoder.plan(row, decode=False).ids) for key, row in rows.items()}
+        return [known[id(row)] for row in self.rows]
 
 
 class Collator:
-    """Items -> a batch, padded right.
+    """Items -> a batch, padded right. Packed items are joined to one sequence instead, without any padding.
 
     Args:
         pad_token_id: what `input_ids` are padded with.
@@ -323,7 +328,11 @@ class Collator:
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, `labels` (items, tokens), and `pixel_values` (tiles, 3, side, side)
-        and `image_grid_hw` (pictures, 2) where any item has them."""
+        and `image_grid_hw` (pictures, 2) where any item has them. Packed items give (1, all tokens) with
+        `position_ids` instead of `attention_mask`."""
+        if "position_ids" in items[0]:
+            joined = join_items(items)
+            return {name: value if name in PICTURES else value[None] for name, value in joined.items()}
         longest = max(len(item["input_ids"]) for item in items)
         longest += -longest % self.pad_to_multiple_of
         batch = {
@@ -347,6 +356,11 @@ def _pictures_of(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     with_pictures = [item for item in items if "pixel_values" in item]
     if not with_pictures:
         return {}
-    return {
-        name: torch.cat([item[name] for item in with_pictures]) for name in ("pixel_values", "image_grid_hw")
-    }
+    return {name: torch.cat([item[name] for item in with_pictures]) for name in PICTURES}
+
+
+def join_items(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Items one after the other as one, with `position_ids` (tokens,) that restart with each."""
+    positions = [item.get("position_ids", torch.arange(len(item["input_ids"]))) for item in items]
+    joined = {name: torch.cat([item[name] for item in items]) for name in ("input_ids", "labels")}
+    return {**joined, "position_ids": torch.cat(positions), **_pictures_of(items)}

@@ -37,7 +37,9 @@ _KIND_OF_MARK = {IMAGE_MARK: "image", VIDEO_MARK: "video"}
 
 
 class RowFault(ValueError):
-    """What is wrong with a row, told with its file and its number."""
+    """What is wrong with a row, told with its file and its number; `faults` are told without them."""
+
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class Row:
 
     def fault(self, faults: Sequence[str]) -> RowFault:
         """The error that says what is wrong with this row."""
-        return RowFault(f"{self.place}: {'; '.join(faults)}")
+        error = RowFault(f"{self.place}: {'; '.join(faults)}")
+        error.faults = tuple(faults)
+        return error
 
 
 class _Unreadable(ValueError):
@@ -219,8 +223,8 @@ def _read_lines(path: Path) -> Iterator[tuple[int, object]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
-                yield number, _Unreadable(f"line {number} is not JSON: {error}")
+            except json.JSONDecodeError as error:
+                yield number, _Unreadable(f"line {number} is not JSON: {error.msg}, column {error.colno}")
 
 
 # --- rows ---
