@@ -331,6 +331,8 @@ class InternLMXComposer2ForCausalLM(
             im_mask: (batch, tokens), true on image tokens; needed with `inputs_embeds` only.
             infer_mode: `"base"`, `"write"` or `"web"`: which task adapters act.
             labels: (batch, tokens), -100 where no loss is wanted.
+            use_cache: whether keys and values are kept; by default not where there are labels, so that
+                `position_ids` that restart set packed conversations apart.
             logits_to_keep: how many of the last positions get logits, 0 for all, or the positions.
             samples: a batch of the published trainer, instead of everything above; may name an `infer_mode`.
             num_items_in_batch: what the summed loss is divided by, where `Trainer` accumulates gradients.
@@ -353,6 +355,8 @@ class InternLMXComposer2ForCausalLM(
             im_mask = im_mask if found is None else found
         if labels is not None and (im_mask is None or not im_mask.any()) and must_see_pictures(self):
             inputs_embeds = self._pass_blank_picture(inputs_embeds)
+        if use_cache is None and labels is not None:
+            use_cache = False
         outputs = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

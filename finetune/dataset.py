@@ -34,6 +34,8 @@ PROMPTS = ("inference", "training")
 TOO_LONG = ("error", "cut")
 TRAINING_TILES = "centred"  # how the published training of 2.5 lays a picture on its tiles
 
+PICTURES = ("pixel_values", "image_grid_hw")  # what an item with pictures has besides ids and labels
+
 Grid = tuple[int, int]
 
 
@@ -310,7 +312,7 @@ class ConversationDataset(Dataset):
 
 
 class Collator:
-    """Items -> a batch, padded right.
+    """Items -> a batch, padded right. Packed items are joined to one sequence instead, without any padding.
 
     Args:
         pad_token_id: what `input_ids` are padded with.
@@ -323,7 +325,11 @@ class Collator:
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, `labels` (items, tokens), and `pixel_values` (tiles, 3, side, side)
-        and `image_grid_hw` (pictures, 2) where any item has them."""
+        and `image_grid_hw` (pictures, 2) where any item has them. Packed items give (1, all tokens) with
+        `position_ids` instead of `attention_mask`."""
+        if "position_ids" in items[0]:
+            joined = join_items(items)
+            return {name: value if name in PICTURES else value[None] for name, value in joined.items()}
         longest = max(len(item["input_ids"]) for item in items)
         longest += -longest % self.pad_to_multiple_of
         batch = {
@@ -347,6 +353,11 @@ def _pictures_of(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     with_pictures = [item for item in items if "pixel_values" in item]
     if not with_pictures:
         return {}
-    return {
-        name: torch.cat([item[name] for item in with_pictures]) for name in ("pixel_values", "image_grid_hw")
-    }
+    return {name: torch.cat([item[name] for item in with_pictures]) for name in PICTURES}
+
+
+def join_items(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Items one after the other as one, with `position_ids` (tokens,) that restart with each."""
+    positions = [item.get("position_ids", torch.arange(len(item["input_ids"]))) for item in items]
+    joined = {name: torch.cat([item[name] for item in items]) for name in ("input_ids", "labels")}
+    return {**joined, "position_ids": torch.cat(positions), **_pictures_of(items)}
