@@ -30,11 +30,11 @@ class FinetuneTrainer(Trainer):
     def __init__(self, *, infer_mode: str = "base", **kwargs) -> None:
         use_cache = kwargs["model"].config.use_cache
         super().__init__(**kwargs)
-        self.model.config.use_cache = use_cache  # batches say so themselves; checkpoints are for inference
+        self.model.config.use_cache = use_cache  # `Trainer` turns it off, in checkpoints too
         self.infer_mode = infer_mode
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        return {**super()._prepare_inputs(inputs), "infer_mode": self.infer_mode, "use_cache": False}
+        return {**super()._prepare_inputs(inputs), "infer_mode": self.infer_mode}
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
         """As the base class.
