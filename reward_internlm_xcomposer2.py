@@ -105,8 +105,9 @@ def plan_conversation(
     visuals = _visuals_of(media, image, config)
     hd_num = default_hd_num(config, len(visuals)) if hd_num is None else hd_num
     lengths = [num_tokens_of_grid(config, *visual.grid(config, hd_num)) for visual in visuals]
-    # The published trainer's form, in every version: a single picture may go unmarked, and BOS stands once.
-    texts = place_images(f"{text}{tokenizer.eos_token}{reward_mark(tokenizer)}", len(visuals), version="2.5")
+    text += f"{tokenizer.eos_token}{reward_mark(tokenizer)}"
+    texts = place_images(text, len(visuals), version=config.version)
+    # BOS stands once, as in the training of every version.
     prompt = encode_prompt(tokenizer, texts, lengths, version="2.5", image_token_id=config.image_token_id)
     num_tokens = len(prompt.ids)
 

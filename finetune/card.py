@@ -7,6 +7,7 @@ import torch
 import transformers
 
 CARD = "README.md"
+_CURVES = ("loss", "eval_loss", "accuracy", "eval_accuracy")
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Facts:
     settings: dict[str, object]
     history: Sequence[dict] = field(default_factory=list)  # the trainer's log
     seconds: float = 0.0
+    pipeline: str = "image-text-to-text"  # the hub's name of what the model is for
 
 
 def card_text(facts: Facts) -> str:
@@ -48,7 +50,7 @@ def _header(facts: Facts) -> str:
         "---",
         f"library_name: {'peft' if facts.is_adapter else 'transformers'}",
         f"base_model: {facts.base}",
-        "pipeline_tag: image-text-to-text",
+        f"pipeline_tag: {facts.pipeline}",
         "tags: [internlm-xcomposer2" + (", lora]" if facts.is_adapter else "]"),
         "---",
     ]
@@ -59,7 +61,7 @@ def _losses(history: Sequence[dict], most: int = 20) -> str:
     """The loss at up to `most` steps, the first and the last among them."""
     by_step: dict[int, dict] = {}
     for entry in history:
-        found = {name: entry[name] for name in ("loss", "eval_loss") if name in entry}
+        found = {name: entry[name] for name in _CURVES if name in entry}
         if found:
             by_step.setdefault(entry["step"], {}).update(found)
     steps = sorted(by_step)
@@ -67,7 +69,7 @@ def _losses(history: Sequence[dict], most: int = 20) -> str:
         steps = [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
     if not steps:
         return ""
-    names = [name for name in ("loss", "eval_loss") if any(name in by_step[step] for step in steps)]
+    names = [name for name in _CURVES if any(name in by_step[step] for step in steps)]
     rows = [
         (str(step), *(f"{by_step[step][name]:.4f}" if name in by_step[step] else "" for name in names))
         for step in steps

@@ -1,7 +1,7 @@
 """LoRA and QLoRA on the decoder, by peft."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -66,10 +66,16 @@ def quantization(arguments: ModelArguments, dtype: torch.dtype) -> BitsAndBytesC
     )
 
 
-def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> nn.Module:
+def add_lora(
+    model: PreTrainedModel, arguments: ModelArguments, task: str = "CAUSAL_LM", heads: Sequence[str] = ()
+) -> nn.Module:
     """The model with new low-rank weights on the decoder's linears, which alone train.
 
     With `fix_sampler` off the projector trains too and is saved with them.
+
+    Args:
+        task: what peft calls the kind of model.
+        heads: modules that train whole and are saved with them.
 
     Raises:
         ImportError: peft isn't installed.
@@ -81,9 +87,9 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> nn.Module:
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=target_modules(arguments.lora_target_modules),
-        modules_to_save=None if arguments.fix_sampler else ["vision_proj"],
+        modules_to_save=[*heads, *([] if arguments.fix_sampler else ["vision_proj"])] or None,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     wrapped = peft.get_peft_model(model, config)
     # peft finds its weights by "lora_" in their names, which Plora_A and lora_sft_A hold as well.
@@ -118,6 +124,8 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> nn.Module:
         raise ValueError(
             f"{directory} holds an adapter of the kind {config.peft_type.value}; only LoRA is known"
         )
+    if not model.can_generate() and config.task_type == "CAUSAL_LM":  # so in the published reward training
+        config.task_type = None
     if not isinstance(config.target_modules, str):  # a regular expression stays
         config.target_modules = our_targets(config.target_modules)
     weights = our_adapter_keys(peft.utils.load_peft_weights(str(directory), device="cpu"))

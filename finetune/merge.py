@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Tokenizer
+from internlm_xcomposer2 import (
+    InternLMXComposer2ForCausalLM,
+    InternLMXComposer2ForSequenceClassification,
+    InternLMXComposer2Tokenizer,
+)
 from transformers import PreTrainedModel
 
 from .arguments import DTYPES
@@ -39,7 +43,7 @@ def merge(
         raise FileExistsError(f"{target} is there already; name another directory")
     base = base or base_of(adapter)
     kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
-    model = InternLMXComposer2ForCausalLM.from_pretrained(base, **kind)
+    model = class_of(adapter).from_pretrained(base, **kind)
     merged = load_adapter(model, adapter).merge_and_unload(safe_merge=True)
     tokenizer = InternLMXComposer2Tokenizer.from_pretrained(base)
     save_model(merged, tokenizer, card_of(adapter, base), target, max_shard_size)
@@ -53,13 +57,27 @@ def base_of(adapter: Path) -> str:
         FileNotFoundError: it is no adapter.
         ValueError: it doesn't say.
     """
+    base = _fields_of(adapter).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{adapter} doesn't name the checkpoint that it belongs to; name it with --base")
+    return base
+
+
+def class_of(adapter: Path) -> type[PreTrainedModel]:
+    """What an adapter makes of its checkpoint: a chat model, or a reward model, whose head is part of it.
+
+    Raises:
+        FileNotFoundError: it is no adapter.
+    """
+    is_reward = _fields_of(adapter).get("task_type") == "SEQ_CLS"
+    return InternLMXComposer2ForSequenceClassification if is_reward else InternLMXComposer2ForCausalLM
+
+
+def _fields_of(adapter: Path) -> dict:
     path = adapter / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{adapter} holds no adapter: adapter_config.json is missing")
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{path} doesn't name the checkpoint that it belongs to; name it with --base")
-    return base
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def card_of(adapter: Path, base: str) -> str:

@@ -3,7 +3,8 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,29 @@ from .saving import save_trained
 from .trainer import FinetuneTrainer
 
 Arguments = tuple[ModelArguments, DataArguments, TrainArguments]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: a chat model, unless something else is said.
+
+    Attributes:
+        read_data, dataset: as the functions and classes whose names they have.
+        heads: modules that always train.
+        peft_task, pipeline: what peft and the hub call it.
+    """
+
+    model: type[PreTrainedModel] = InternLMXComposer2ForCausalLM
+    trainer: type[FinetuneTrainer] = FinetuneTrainer
+    read_data: Callable[..., list] = read_data
+    dataset: type[ConversationDataset] = ConversationDataset
+    collator: type[Collator] = Collator
+    heads: tuple[str, ...] = ()
+    peft_task: str = "CAUSAL_LM"
+    pipeline: str = "image-text-to-text"
+
+
+CHAT = Task()
 
 # Settings that the card lists besides those that say what trains.
 _SETTINGS = (
@@ -53,7 +77,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
     return parser.parse_args_into_dataclasses(arguments)
 
 
-def train(model_arguments: ModelArguments, data: DataArguments, training: TrainArguments) -> FinetuneTrainer:
+def train(
+    model_arguments: ModelArguments, data: DataArguments, training: TrainArguments, task: Task = CHAT
+) -> FinetuneTrainer:
     """Train, and write the finished model or adapter to `final` in the output directory.
 
     Raises:
@@ -66,11 +92,16 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: TrainA
     if model_arguments.train == "lora":
         import_peft()
     processor = InternLMXComposer2Processor.from_pretrained(model_arguments.model_name_or_path)
-    rows = {name: _rows(paths, data, training.seed) for name, paths in _files(data, training).items()}
+    rows = {
+        name: task.read_data(paths, data.media_root, data.ignore_keys, training.seed)
+        for name, paths in _files(data, training).items()
+    }
     set_seed(training.seed)
-    model = load_model(model_arguments, training)
-    datasets = {name: _dataset(found, processor, data, model.config) for name, found in rows.items() if found}
-    trainer = build_trainer(model, processor, datasets, model_arguments, training)
+    model = load_model(model_arguments, training, task)
+    datasets = {
+        name: _dataset(found, processor, data, model.config, task) for name, found in rows.items() if found
+    }
+    trainer = build_trainer(model, processor, datasets, model_arguments, training, task)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     card = card_text(
@@ -84,6 +115,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: TrainA
             settings=_settings(model_arguments, datasets["train"], training),
             history=trainer.state.log_history,
             seconds=time.monotonic() - started,
+            pipeline=task.pipeline,
         )
     )
     save_trained(trainer, processor.tokenizer, card, Path(training.output_dir) / FINAL)
@@ -121,13 +153,9 @@ def _files(data: DataArguments, training: TrainArguments) -> dict[str, list[str]
     return {"train": data.data_path, "eval": training.eval_data}
 
 
-def _rows(paths: Sequence[str], data: DataArguments, seed: int) -> list:
-    return read_data(paths, data.media_root, data.ignore_keys, seed)
-
-
-def _dataset(rows: list, processor, data: DataArguments, config) -> ConversationDataset:
+def _dataset(rows: list, processor, data: DataArguments, config, task: Task) -> ConversationDataset:
     max_length = config.max_length if data.max_length is None else data.max_length
-    dataset = ConversationDataset(rows, processor, max_length, data.layout, data.hd_num, data.too_long)
+    dataset = task.dataset(rows, processor, max_length, data.layout, data.hd_num, data.too_long)
     if data.check_data:
         _ = dataset.lengths  # names the first bad row
     return dataset
@@ -140,7 +168,7 @@ def _count(rows: list) -> dict[str, int]:
 # ---- model ----
 
 
-def load_model(arguments: ModelArguments, training: TrainArguments) -> PreTrainedModel:
+def load_model(arguments: ModelArguments, training: TrainArguments, task: Task = CHAT) -> PreTrainedModel:
     """The checkpoint with exactly those weights trainable that are to train, LoRA's new ones included.
 
     Raises:
@@ -150,16 +178,19 @@ def load_model(arguments: ModelArguments, training: TrainArguments) -> PreTraine
     quantized = quantization(arguments, dtype)
     is_lora = arguments.train == "lora"
     modes = () if arguments.infer_mode == "base" else (arguments.infer_mode,)
-    model = InternLMXComposer2ForCausalLM.from_pretrained(
+    model = task.model.from_pretrained(
         arguments.model_name_or_path,
         dtype=dtype,
-        adapters=modes if is_lora else None,  # a whole model is saved with all of its task adapters
+        # A whole chat model is saved with all of its task adapters; no other has modes to use them in.
+        adapters=modes if is_lora or task.heads else None,
         quantization_config=quantized,
         device_map={"": training.device} if quantized else None,
         **({"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}),
     )
     freeze(model, arguments)
-    return add_lora(model, arguments) if is_lora else model
+    for head in task.heads:
+        model.get_submodule(head).requires_grad_(True)
+    return add_lora(model, arguments, task.peft_task, task.heads) if is_lora else model
 
 
 def weights_dtype(arguments: ModelArguments, training: TrainArguments) -> torch.dtype:
@@ -172,18 +203,23 @@ def weights_dtype(arguments: ModelArguments, training: TrainArguments) -> torch.
 
 
 def build_trainer(
-    model: PreTrainedModel, processor, datasets: dict, arguments: ModelArguments, training: TrainArguments
+    model: PreTrainedModel,
+    processor,
+    datasets: dict,
+    arguments: ModelArguments,
+    training: TrainArguments,
+    task: Task = CHAT,
 ) -> FinetuneTrainer:
     """A trainer for datasets by the names `train` and `eval`; says how many weights train."""
     callbacks = []
     if training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
     num_trained, num_weights = count_trained(model)
-    trainer = FinetuneTrainer(
+    trainer = task.trainer(
         infer_mode=arguments.infer_mode,
         model=model,
         args=training,
-        data_collator=Collator(processor.tokenizer.pad_token_id),
+        data_collator=task.collator(processor.tokenizer.pad_token_id),
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("eval"),
         callbacks=callbacks,
@@ -210,10 +246,11 @@ def _settings(
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def main() -> None:
+def run_command(task: Task = CHAT) -> None:
+    """Train by the flags of the command line."""
     logging.set_verbosity_warning()
     try:
-        trainer = train(*parse_arguments())
+        trainer = train(*parse_arguments(), task)
     except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
         sys.exit(f"error: {error}")
     if trainer.is_world_process_zero():
@@ -221,4 +258,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command()

@@ -440,3 +440,11 @@ def test_bad_pairs_are_named(reward, changes, words):
     samples = {"chosen": [["a"], ["b"]], "rejected": [["c"], ["d"]], "data_type": ["text"], **changes}
     with pytest.raises(ValueError, match=words):
         reward(samples=samples)
+
+
+def test_a_training_batch_without_pictures_gives_every_weight_a_gradient():
+    """Other processes, whose batches have pictures, wait for all of them."""
+    model = tiny_reward().train()
+    pairwise_loss(model(input_ids=torch.tensor([[1, 60, 70], [1, 90, 80]])).logits).backward()
+    lacking = [name for name, weight in model.named_parameters() if weight.grad is None]
+    assert all("post_layernorm" in name for name in lacking), lacking
