@@ -13,9 +13,10 @@ from transformers.utils import logging
 
 from .arguments import FINAL, DataArguments, ModelArguments, TrainArguments, check_arguments
 from .card import Facts, card_text
-from .dataset import Collator, ConversationDataset
+from .dataset import Collator, ConversationDataset, RowEncoder
 from .freezing import count_trained, freeze
-from .lora import add_lora, import_peft, quantization
+from .lora import add_lora, import_peft, quantization, target_modules
+from .packing import PackedDataset
 from .rows import read_data
 from .saving import save_trained
 from .trainer import FinetuneTrainer
@@ -65,11 +66,15 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: TrainA
     checkpoint = checkpoint_to_resume(training)
     if model_arguments.train == "lora":
         import_peft()
+        target_modules(model_arguments.lora_target_modules)
     processor = InternLMXComposer2Processor.from_pretrained(model_arguments.model_name_or_path)
     rows = {name: _rows(paths, data, training.seed) for name, paths in _files(data, training).items()}
     set_seed(training.seed)
     model = load_model(model_arguments, training)
     datasets = {name: _dataset(found, processor, data, model.config) for name, found in rows.items() if found}
+    settings = _settings(model_arguments, data, datasets["train"].encoder, training)
+    if data.packing:
+        datasets["train"] = PackedDataset(datasets["train"], model.config)
     trainer = build_trainer(model, processor, datasets, model_arguments, training)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -81,7 +86,7 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: TrainA
             eval_data=_count(rows["eval"]),
             num_trained=trainer.num_trained,
             num_weights=trainer.num_weights,
-            settings=_settings(model_arguments, datasets["train"], training),
+            settings=settings,
             history=trainer.state.log_history,
             seconds=time.monotonic() - started,
         )
@@ -197,14 +202,15 @@ def build_trainer(
 
 
 def _settings(
-    arguments: ModelArguments, dataset: ConversationDataset, training: TrainArguments
+    arguments: ModelArguments, data: DataArguments, encoder: RowEncoder, training: TrainArguments
 ) -> dict[str, object]:
     """What the card lists."""
     names = ["train", "fix_vit", "fix_sampler", "infer_mode", "dtype"]
     if arguments.train == "lora":
         names += ["quantize", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"]
     settings = {name: getattr(arguments, name) for name in names}
-    settings |= {name: getattr(dataset.encoder, name) for name in ("hd_num", "max_length", "layout")}
+    settings |= {name: getattr(encoder, name) for name in ("hd_num", "max_length", "too_long", "layout")}
+    settings["packing"] = data.packing
     values = {name: getattr(training, name) for name in _SETTINGS}
     settings |= {name: getattr(value, "value", value) for name, value in values.items()}
     return {name: value for name, value in settings.items() if value is not None}

@@ -81,9 +81,7 @@ WAYS = {
     (): {"decoder", "plora", "projector"},
     ("--fix_vit", "False"): {"decoder", "plora", "projector", "tower"},
     ("--fix_sampler", "True"): {"decoder", "plora"},
-    ("--train", "plora"): {"plora"},
     ("--train", "plora", "--fix_sampler", "False"): {"plora", "projector"},
-    ("--train", "adapter", "--infer_mode", "web"): {"task:web"},
     ("--train", "adapter", "--infer_mode", "write"): {"task:sft", "task:dpo"},
 }
 
@@ -415,6 +413,15 @@ def test_rows_of_one_length_come_together(base, rows, tmp_path):
     assert sorted(order) == list(range(8)) and lengths[:4] == sorted(lengths[:4], reverse=True)
 
 
+def test_packed_rows_are_the_same_step_as_a_batch(base, rows, tmp_path):
+    flags = (*FAST, "--max_steps", "2")
+    batch = run(base, rows, tmp_path / "a", *flags, "--per_device_train_batch_size", "8")
+    packed = run(base, rows, tmp_path / "b", *flags, "--packing", "True", "--max_length", "1000")
+    assert len(packed.train_dataset) == 1
+    assert losses(packed) == pytest.approx(losses(batch), abs=1e-4)
+    assert "| packing | True |" in (tmp_path / "b" / "final" / "README.md").read_text()
+
+
 # ---- refusals ----
 
 REFUSED = {
@@ -509,12 +516,12 @@ def test_nano_learns_an_answer_by_the_commands(tmp_path):
     """From data to a merged checkpoint that loads without this package."""
     picture = str(ROOT / "examples" / "star.png")
     turns = [
-        {"role": "user", "content": "<ImageHere>What shape is the object?"},
-        {"role": "assistant", "content": "a red one"},
+        {"role": "user", "content": "What shape is the object?"},
+        {"role": "assistant", "content": "circle"},
     ]
     row = {"messages": turns, "images": [picture]}
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
-    flags = "--train lora --lora_r 8 --lora_alpha 16 --learning_rate 0.01 --max_steps 12 --use_cpu True"
+    flags = "--train lora --lora_r 8 --lora_alpha 16 --learning_rate 0.01 --max_steps 8 --use_cpu True"
     data = ["--model_name_or_path", str(ROOT), "--data_path", str(tmp_path / "rows.jsonl")]
     calls = [
         ["finetune.train", *data, *flags.split(), "--output_dir", str(tmp_path / "run")],
@@ -539,4 +546,4 @@ def test_nano_learns_an_answer_by_the_commands(tmp_path):
     )
     assert fresh.returncode == 0, fresh.stderr[-3000:]
     assert "type transformers_modules torch.float16" in fresh.stdout
-    assert "answer a red one" in fresh.stdout
+    assert "answer circle\n" in fresh.stdout
