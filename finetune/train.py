@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Processor
+from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import checkpoint_config
 from transformers import EarlyStoppingCallback, HfArgumentParser, PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from .arguments import FINAL, DataArguments, ModelArguments, TrainArguments, check_arguments
 from .card import Facts, card_text
 from .dataset import Collator, ConversationDataset, RowEncoder
-from .freezing import count_trained, freeze
+from .freezing import count_trained, freeze, hold_trained_in_float32
 from .lora import add_lora, import_peft, quantization, target_modules
 from .packing import PackedDataset
 from .rows import read_data
@@ -68,13 +69,14 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: TrainA
         import_peft()
         target_modules(model_arguments.lora_target_modules)
     processor = InternLMXComposer2Processor.from_pretrained(model_arguments.model_name_or_path)
+    config = checkpoint_config(model_arguments.model_name_or_path)
     rows = {name: _rows(paths, data, training.seed) for name, paths in _files(data, training).items()}
-    set_seed(training.seed)
-    model = load_model(model_arguments, training)
-    datasets = {name: _dataset(found, processor, data, model.config) for name, found in rows.items() if found}
+    datasets = {name: _dataset(found, processor, data, config) for name, found in rows.items() if found}
     settings = _settings(model_arguments, data, datasets["train"].encoder, training)
     if data.packing:
-        datasets["train"] = PackedDataset(datasets["train"], model.config)
+        datasets["train"] = PackedDataset(datasets["train"], config)
+    set_seed(training.seed)
+    model = load_model(model_arguments, training)
     trainer = build_trainer(model, processor, datasets, model_arguments, training)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -164,7 +166,11 @@ def load_model(arguments: ModelArguments, training: TrainArguments) -> PreTraine
         **({"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}),
     )
     freeze(model, arguments)
-    return add_lora(model, arguments) if is_lora else model
+    if is_lora:
+        model = add_lora(model, arguments)
+    if training.mixed_precision != "no":
+        hold_trained_in_float32(model)
+    return model
 
 
 def weights_dtype(arguments: ModelArguments, training: TrainArguments) -> torch.dtype:

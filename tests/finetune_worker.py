@@ -15,7 +15,7 @@ from helpers import picture_inputs, tiny_model
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from finetune.arguments import ModelArguments
-from finetune.freezing import freeze
+from finetune.freezing import freeze, hold_trained_in_float32
 from finetune.lora import add_lora
 
 # More local tiles than the tower takes at once where it isn't shared out.
@@ -60,7 +60,9 @@ def sharded_lora() -> dict:
     model = tiny_model("2.5", plora_dropout=0.0).to(torch.bfloat16)
     batch = batches(model)[dist.get_rank()]
     freeze(model, arguments)
-    wrapped = shard(add_lora(model, arguments).train(), mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    wrapped = add_lora(model, arguments).train()
+    hold_trained_in_float32(wrapped)
+    shard(wrapped, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
     loss = wrapped(**batch).loss
     loss.backward()
     trained = [weight for weight in wrapped.parameters() if weight.requires_grad]
@@ -78,7 +80,7 @@ def main(job: dict, out: Path) -> None:
     for name, flags in job["runs"].items():
         results[name] = losses(run(base, rows, out / name, *flags))
     results["sharded"] = sharded_step()
-    results["lora"] = sharded_lora()
+    results["sharded lora"] = sharded_lora()
     torch.save(results, out / f"{os.environ['RANK']}.pt")
     dist.destroy_process_group()
 

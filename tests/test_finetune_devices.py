@@ -10,11 +10,12 @@ import pytest
 import torch
 from accelerate.commands import launch
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from accelerate.utils.launch import prepare_multi_gpu_env
 from finetune_helpers import losses, parse_arguments, run, weights_of, write_base, write_rows
 from finetune_worker import batches
 from helpers import HERE, ROOT, tiny_model
-from transformers.integrations import deepspeed as integration
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from finetune.arguments import ModelArguments
 from finetune.freezing import freeze
@@ -92,8 +93,9 @@ def test_shared_out_weights_get_the_gradients_of_whole_ones(ranks):
 
 def test_lora_on_a_shared_out_model_in_bfloat16(ranks):
     for found in ranks:
-        assert found["lora"]["finite"] and found["lora"]["types"] == {torch.float32}
-        assert found["lora"]["loss"] == pytest.approx(found["sharded"]["loss"], rel=0.05)
+        assert found["sharded lora"]["finite"]
+        assert found["sharded lora"]["types"] == {torch.float32}
+        assert found["sharded lora"]["loss"] == pytest.approx(found["sharded"]["loss"], rel=0.05)
 
 
 # ---- configurations ----
@@ -128,7 +130,7 @@ def test_fsdp_wraps_the_layers_of_the_model(monkeypatch):
             monkeypatch.setenv(name, value)
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
-    assert plugin.activation_checkpointing and plugin.cpu_offload is False
+    assert plugin.activation_checkpointing and type(plugin.cpu_offload).__name__ == "OffloadPolicy"  # none
     assert "SHARDED" in str(plugin.state_dict_type)
     model = tiny_model("2.5")
     plugin.set_auto_wrap_policy(model)
@@ -140,19 +142,25 @@ def test_fsdp_wraps_the_layers_of_the_model(monkeypatch):
     assert wrapped == {"InternLM2DecoderLayer", "CLIPEncoderLayer"}
 
 
+def deepspeed_reader() -> type:
+    """`Trainer`'s reader of DeepSpeed's files, which transformers joins together only beside DeepSpeed."""
+    names = ("is_auto", "fill_match", "fill_only", "trainer_config_process", "trainer_config_finalize")
+    methods = {name: vars(HfTrainerDeepSpeedConfig)[name] for name in names}
+    return type("Reader", (HfDeepSpeedConfig,), {**methods, "mismatches": []})
+
+
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_takes_its_numbers_from_the_command(monkeypatch, stage, tmp_path):
+def test_deepspeed_takes_its_numbers_from_the_command(stage, tmp_path):
     """As far as accelerate and transformers read the files; DeepSpeed itself is not needed for that."""
     arguments = launch_arguments(f"zero{stage}.yaml")
     assert arguments.use_deepspeed and arguments.deepspeed_config_file == f"finetune/configs/zero{stage}.json"
     assert (ROOT / arguments.deepspeed_config_file).is_file()
     plugin = DeepSpeedPlugin(hf_ds_config=str(ROOT / arguments.deepspeed_config_file), zero3_init_flag=False)
     assert plugin.zero_stage == stage
-    monkeypatch.setattr(integration, "dep_version_check", lambda _: None)
     flags = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3", "--use_cpu", "True"]
     named = ["--model_name_or_path", "x", "--data_path", "x", "--output_dir", str(tmp_path)]
     training = parse_arguments([*named, *flags, "--bf16", "True"])[2]
-    config = integration.HfTrainerDeepSpeedConfig(str(CONFIGS / f"zero{stage}.json"))
+    config = deepspeed_reader()(str(CONFIGS / f"zero{stage}.json"))
     config.trainer_config_process(training)
     model = SimpleNamespace(config=tiny_model("2.5").config)
     config.trainer_config_finalize(training, model, 10)
