@@ -110,6 +110,10 @@ class DataArguments:
         default="inference",
         metadata={"help": "How prompts and pictures are laid out: 'inference' as chat does, or 'training'."},
     )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Fill sequences of max_length with several rows, exactly apart."},
+    )
     check_data: bool = field(
         default=True, metadata={"help": "Look through all rows, without decoding pictures, before the start."}
     )

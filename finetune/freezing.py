@@ -59,6 +59,13 @@ def freeze(model: nn.Module, arguments: ModelArguments) -> None:
         )
 
 
+def hold_trained_in_float32(model: nn.Module) -> None:
+    """Hold those weights in float32 that train, whose small steps a shorter type would round away."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
 def count_trained(model: nn.Module) -> tuple[int, int]:
     """How many numbers train, and how many there are."""
     sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]

@@ -140,4 +140,4 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> nn.Module:
             f"the adapter in {directory} doesn't fit this model: {len(unknown)} of its tensors are unknown "
             f"{unknown[:3]}, {len(lacking)} are missing {sorted(lacking)[:3]}"
         )
-    return wrapped
+    return wrapped.train(model.training)

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import torch
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Processor
+from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import checkpoint_config
 from transformers import EarlyStoppingCallback, HfArgumentParser, PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from .arguments import FINAL, DataArguments, ModelArguments, TrainArguments, check_arguments
 from .card import Facts, card_text
-from .dataset import Collator, ConversationDataset
-from .freezing import count_trained, freeze
-from .lora import add_lora, import_peft, quantization
+from .dataset import Collator, ConversationDataset, RowEncoder
+from .freezing import count_trained, freeze, hold_trained_in_float32
+from .lora import add_lora, import_peft, quantization, target_modules
+from .packing import PackedDataset
 from .rows import read_data
 from .saving import save_trained
 from .trainer import FinetuneTrainer
@@ -88,19 +90,24 @@ def train(
         RuntimeError: out of memory; says what takes less.
     """
     check_arguments(model_arguments, data, training)
+    if data.packing and task.heads:
+        raise ValueError("--packing True: a score is read at the end of each row, so rows can't be packed")
     checkpoint = checkpoint_to_resume(training)
     if model_arguments.train == "lora":
         import_peft()
+        target_modules(model_arguments.lora_target_modules)
     processor = InternLMXComposer2Processor.from_pretrained(model_arguments.model_name_or_path)
+    config = checkpoint_config(model_arguments.model_name_or_path)
     rows = {
         name: task.read_data(paths, data.media_root, data.ignore_keys, training.seed)
         for name, paths in _files(data, training).items()
     }
+    datasets = {name: _dataset(found, processor, data, config, task) for name, found in rows.items() if found}
+    settings = _settings(model_arguments, data, datasets["train"].encoder, training)
+    if data.packing:
+        datasets["train"] = PackedDataset(datasets["train"], config)
     set_seed(training.seed)
     model = load_model(model_arguments, training, task)
-    datasets = {
-        name: _dataset(found, processor, data, model.config, task) for name, found in rows.items() if found
-    }
     trainer = build_trainer(model, processor, datasets, model_arguments, training, task)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -112,7 +119,7 @@ def train(
             eval_data=_count(rows["eval"]),
             num_trained=trainer.num_trained,
             num_weights=trainer.num_weights,
-            settings=_settings(model_arguments, datasets["train"], training),
+            settings=settings,
             history=trainer.state.log_history,
             seconds=time.monotonic() - started,
             pipeline=task.pipeline,
@@ -190,7 +197,11 @@ def load_model(arguments: ModelArguments, training: TrainArguments, task: Task =
     freeze(model, arguments)
     for head in task.heads:
         model.get_submodule(head).requires_grad_(True)
-    return add_lora(model, arguments, task.peft_task, task.heads) if is_lora else model
+    if is_lora:
+        model = add_lora(model, arguments, task.peft_task, task.heads)
+    if training.mixed_precision != "no":
+        hold_trained_in_float32(model)
+    return model
 
 
 def weights_dtype(arguments: ModelArguments, training: TrainArguments) -> torch.dtype:
@@ -233,14 +244,15 @@ def build_trainer(
 
 
 def _settings(
-    arguments: ModelArguments, dataset: ConversationDataset, training: TrainArguments
+    arguments: ModelArguments, data: DataArguments, encoder: RowEncoder, training: TrainArguments
 ) -> dict[str, object]:
     """What the card lists."""
     names = ["train", "fix_vit", "fix_sampler", "infer_mode", "dtype"]
     if arguments.train == "lora":
         names += ["quantize", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"]
     settings = {name: getattr(arguments, name) for name in names}
-    settings |= {name: getattr(dataset.encoder, name) for name in ("hd_num", "max_length", "layout")}
+    settings |= {name: getattr(encoder, name) for name in ("hd_num", "max_length", "too_long", "layout")}
+    settings["packing"] = data.packing
     values = {name: getattr(training, name) for name in _SETTINGS}
     settings |= {name: getattr(value, "value", value) for name, value in values.items()}
     return {name: value for name, value in settings.items() if value is not None}

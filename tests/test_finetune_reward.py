@@ -228,6 +228,8 @@ def test_what_a_reward_model_cannot_do_is_refused(tmp_path, base):
     pairs = write_pairs(tmp_path, 4)
     with pytest.raises(ValueError, match="can't be cut away"):
         train_reward(base, pairs, tmp_path / "out", "--too_long", "cut", "--max_steps", "1")
+    with pytest.raises(ValueError, match="rows can't be packed"):
+        train_reward(base, pairs, tmp_path / "out", "--packing", "True", "--max_steps", "1")
     with pytest.raises(RowFault, match="max_length is 20"):
         train_reward(base, pairs, tmp_path / "out", "--max_length", "20", "--max_steps", "1")
     assert not (tmp_path / "out/final").exists()

@@ -81,9 +81,7 @@ WAYS = {
     (): {"decoder", "plora", "projector"},
     ("--fix_vit", "False"): {"decoder", "plora", "projector", "tower"},
     ("--fix_sampler", "True"): {"decoder", "plora"},
-    ("--train", "plora"): {"plora"},
     ("--train", "plora", "--fix_sampler", "False"): {"plora", "projector"},
-    ("--train", "adapter", "--infer_mode", "web"): {"task:web"},
     ("--train", "adapter", "--infer_mode", "write"): {"task:sft", "task:dpo"},
 }
 
@@ -298,9 +296,15 @@ def test_what_can_not_be_merged_is_named(base, adapter, tmp_path, monkeypatch):
 
 def test_a_quantised_base_trains_an_adapter_for_the_whole_one(base, rows, tmp_path):
     flags = (*LORA, *FAST, "--quantize", "nf4", "--fix_sampler", "False")
-    trainer = run(base, rows, tmp_path, *flags, "--gradient_checkpointing", "True", "--max_steps", "8")
+    trainer = run(base, rows, tmp_path, *flags, "--bf16", "True", "--max_steps", "8")
     found = losses(trainer)
     assert sum(found[4:]) < sum(found[:4])
+    types = {
+        weight.requires_grad: weight.dtype
+        for weight in trainer.model.parameters()
+        if weight.is_floating_point()
+    }
+    assert types == {True: torch.float32, False: torch.bfloat16}
     linear = trainer.model.base_model.model.model.layers[0].feed_forward.w1.linear.base_layer
     assert linear.weight.dtype == torch.uint8 and linear.weight.quant_type == "nf4"
     merge(tmp_path / "final", tmp_path / "merged", dtype="float32")
@@ -415,6 +419,15 @@ def test_rows_of_one_length_come_together(base, rows, tmp_path):
     assert sorted(order) == list(range(8)) and lengths[:4] == sorted(lengths[:4], reverse=True)
 
 
+def test_packed_rows_are_the_same_step_as_a_batch(base, rows, tmp_path):
+    flags = (*FAST, "--max_steps", "2")
+    batch = run(base, rows, tmp_path / "a", *flags, "--per_device_train_batch_size", "8")
+    packed = run(base, rows, tmp_path / "b", *flags, "--packing", "True", "--max_length", "1000")
+    assert len(packed.train_dataset) == 1
+    assert losses(packed) == pytest.approx(losses(batch), abs=1e-4)
+    assert "| packing | True |" in (tmp_path / "b" / "final" / "README.md").read_text()
+
+
 # ---- refusals ----
 
 REFUSED = {
@@ -464,12 +477,12 @@ def test_a_mode_that_the_checkpoint_lacks_is_refused(rows, tmp_path):
             run(tmp_path / "base", rows, tmp_path / "out", *flags)
 
 
-def test_bad_rows_are_named_before_the_first_step(base, rows, tmp_path, monkeypatch):
+def test_bad_rows_are_named_before_the_model_is_loaded(base, rows, tmp_path, monkeypatch):
     entries = json.loads(rows.read_text())
     entries[3]["image"] = "nowhere.png"
     bad = rows.with_name("bad.json")
     bad.write_text(json.dumps(entries))
-    monkeypatch.setattr(Trainer, "training_step", lambda *_, **__: pytest.fail("a step was made"))
+    monkeypatch.setattr(training, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=r"bad.json, row 3.*nowhere.png"):
         run(base, bad, tmp_path)
 
@@ -509,13 +522,12 @@ def test_nano_learns_an_answer_by_the_commands(tmp_path):
     """From data to a merged checkpoint that loads without this package."""
     picture = str(ROOT / "examples" / "star.png")
     turns = [
-        {"role": "user", "content": "<ImageHere>What shape is the object?"},
-        {"role": "assistant", "content": "a red one"},
+        {"from": "user", "value": "What shape is the object?"},
+        {"from": "assistant", "value": "circle"},
     ]
-    row = {"messages": turns, "images": [picture]}
-    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
-    flags = "--train lora --lora_r 8 --lora_alpha 16 --learning_rate 0.01 --max_steps 12 --use_cpu True"
-    data = ["--model_name_or_path", str(ROOT), "--data_path", str(tmp_path / "rows.jsonl")]
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns, "image": picture}] * 4))
+    flags = "--train lora --lora_r 8 --lora_alpha 16 --learning_rate 0.01 --max_steps 8 --use_cpu True"
+    data = ["--model_name_or_path", str(ROOT), "--data_path", str(tmp_path / "rows.json")]
     calls = [
         ["finetune.train", *data, *flags.split(), "--output_dir", str(tmp_path / "run")],
         ["finetune.merge", str(tmp_path / "run" / "final"), str(tmp_path / "merged")],
@@ -539,4 +551,4 @@ def test_nano_learns_an_answer_by_the_commands(tmp_path):
     )
     assert fresh.returncode == 0, fresh.stderr[-3000:]
     assert "type transformers_modules torch.float16" in fresh.stdout
-    assert "answer a red one" in fresh.stdout
+    assert "answer circle\n" in fresh.stdout
