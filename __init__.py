@@ -5,7 +5,7 @@ published checkpoints with this code instead of the code that lies beside them.
 """
 
 import transformers
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoProcessor, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .auto_internlm_xcomposer2 import MODEL_CLASSES
@@ -18,11 +18,13 @@ from .image_processor_internlm_xcomposer2 import InternLMXComposer2ImageProcesso
 from .modeling_internlm2 import InternLM2Model
 from .modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 from .processing_internlm_xcomposer2 import InternLMXComposer2Processor
+from .reward_internlm_xcomposer2 import InternLMXComposer2ForSequenceClassification
 from .tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
 
 __all__ = [
     "InternLM2Model",
     "InternLMXComposer2ForCausalLM",
+    "InternLMXComposer2ForSequenceClassification",
     "InternLMXComposer2ImageProcessor",
     "InternLMXComposer2Processor",
     "InternLMXComposer2Tokenizer",
@@ -60,6 +62,9 @@ def _register() -> None:
     for name in MODEL_CLASSES:
         auto_class = getattr(transformers, name)
         auto_class.register(InternLMXcomposer2Config, InternLMXComposer2ForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        InternLMXcomposer2Config, InternLMXComposer2ForSequenceClassification, exist_ok=True
+    )
     AutoTokenizer.register(
         InternLMXcomposer2Config, slow_tokenizer_class=InternLMXComposer2Tokenizer, exist_ok=True
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .checkpoint_internlm_xcomposer2 import INDEX_FILES, read_headers
 from .convert_internlm_xcomposer2 import INDEX, Piece, convert, index_of, plan_pieces
-from .description_internlm_xcomposer2 import class_for, describe_checkpoint, json_bytes
+from .description_internlm_xcomposer2 import describe_checkpoint, json_bytes
 from .inspect_internlm_xcomposer2 import Findings, examine
 
 MARKER = "ixc2_adopted.json"  # in an adopted directory: where it came from, and what was written
@@ -88,7 +88,7 @@ def adopt(
     removed = [name for name in dropped if (target / name).exists()]
     if needed or removed:
         check_space(plan, needed, findings, target, copy)
-        with _staging(target) as staging:
+        with staging_beside(target) as staging:
             _fill(plan, needed, staging, copy)
             record = _record(plan, target, staging, previous, kept)
             record = {"source": os.fspath(source.resolve()), "converted": convert_bin, "files": record}
@@ -135,11 +135,8 @@ def check_loadable(findings: Findings) -> None:
         for what, names in (("missing", findings.missing), ("unknown", findings.unknown))
         if names
     ]
-    if not faults or ("score.weight" in findings.headers and class_for("AutoModelForSequenceClassification")):
-        return
-    if "score.weight" in findings.headers and "output.weight" not in findings.headers:
-        faults.append("this is a reward model, and the package has no class for its score head")
-    raise ValueError(f"{findings.source} can't be loaded by this package; tensors {'; '.join(faults)}")
+    if faults:
+        raise ValueError(f"{findings.source} can't be loaded by this package; tensors {'; '.join(faults)}")
 
 
 # ---- weights ----
@@ -245,8 +242,12 @@ def check_space(plan: _Plan, needed: list[str], findings: Findings, target: Path
 
 
 @contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A new directory beside `target`, on the same disk; gone afterwards whatever happens."""
+def staging_beside(target: Path) -> Iterator[Path]:
+    """A new directory beside `target`, on the same disk; gone afterwards whatever happens.
+
+    Raises:
+        FileExistsError: another run is at work, or was killed.
+    """
     staging = target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

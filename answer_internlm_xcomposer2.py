@@ -28,6 +28,7 @@ from .prefix_internlm_xcomposer2 import (
     start_generation,
 )
 from .prompt_internlm_xcomposer2 import (
+    END_OF_TURN,
     History,
     PromptIds,
     check_length,
@@ -80,16 +81,8 @@ class Capture:
     origin: Hashable
 
 
-class AnswerMixin:
-    """What `chat` and the writing methods share. Needs a model with `embed_inputs`, `config` and `generate`.
-
-    Attributes:
-        reuse_limit: how many bytes of keys and values the history that `chat` returns may own; 0 for none.
-    """
-
-    reuse_limit = 4 * 2**30
-
-    # ---- prompts ----
+class PromptMixin:
+    """Questions, turns and pictures -> checked prompts -> tensors. Needs a model with `config` and `font`."""
 
     def build_inputs(
         self, tokenizer, query: str, history: History = (), meta_instruction: str | None = ""
@@ -169,6 +162,39 @@ class AnswerMixin:
             masks = [[False] * pad + prompt.is_image for pad, prompt in zip(pads, prompts, strict=True)]
             inputs["im_mask"] = torch.tensor(masks, device=device)
         return inputs
+
+    def check_tokenizer(self, tokenizer) -> None:
+        """Raise `ValueError` unless the tokenizer's vocabulary is the model's."""
+        if tokenizer is None:
+            raise ValueError("no tokenizer: pass one, or set model.tokenizer")
+        if not hasattr(tokenizer, "convert_tokens_to_ids"):
+            raise TypeError(f"the tokenizer is a {type(tokenizer).__name__}; load it with AutoTokenizer")
+        rows = self.config.text_config.vocab_size
+        if rows not in (tokenizer.vocab_size, len(tokenizer)) and len(tokenizer) > rows:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} pieces but the model {rows}; load the tokenizer that "
+                "lies beside the checkpoint"
+            )
+        end, expected = tokenizer.convert_tokens_to_ids(END_OF_TURN), self.config.end_token_id
+        if end in (None, tokenizer.unk_token_id):
+            raise ValueError(
+                f"the tokenizer has no piece {END_OF_TURN}, which ends every turn of these models"
+            )
+        if expected < rows and end != expected:
+            raise ValueError(
+                f"the tokenizer's id of {END_OF_TURN} is {end} but the model's is {expected}; load the "
+                "tokenizer that lies beside the checkpoint"
+            )
+
+
+class AnswerMixin(PromptMixin):
+    """What `chat` and the writing methods share. Needs a model with `embed_inputs`, `config` and `generate`.
+
+    Attributes:
+        reuse_limit: how many bytes of keys and values the history that `chat` returns may own; 0 for none.
+    """
+
+    reuse_limit = 4 * 2**30
 
     # ---- reuse ----
 

@@ -4,6 +4,7 @@ from transformers.models.auto import modeling_auto
 
 _CONFIG = "configuration_internlm_xcomposer2.InternLMXcomposer2Config"
 _MODEL = "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM"
+_REWARD = "reward_internlm_xcomposer2.InternLMXComposer2ForSequenceClassification"
 _PROCESSOR = "processing_internlm_xcomposer2.InternLMXComposer2Processor"
 _IMAGE_PROCESSOR = "image_processor_internlm_xcomposer2.InternLMXComposer2ImageProcessor"
 _TOKENIZER = "tokenization_internlm_xcomposer2.InternLMXComposer2Tokenizer"
@@ -15,8 +16,14 @@ MODEL_CLASSES = (
     "AutoModelForMultimodalLM",
 )
 
-# `auto_map` of each file that carries one.
-CONFIG_AUTO_MAP = {"AutoConfig": _CONFIG, **dict.fromkeys(MODEL_CLASSES, _MODEL), "AutoProcessor": _PROCESSOR}
+# `auto_map` of each file that carries one. A reward model is no chat model, whichever class asks for it.
+CONFIG_AUTO_MAP = {
+    "AutoConfig": _CONFIG,
+    **dict.fromkeys(MODEL_CLASSES, _MODEL),
+    "AutoModelForSequenceClassification": _REWARD,
+    "AutoProcessor": _PROCESSOR,
+}
+REWARD_AUTO_MAP = {**CONFIG_AUTO_MAP, **dict.fromkeys(MODEL_CLASSES, _REWARD)}
 PROCESSOR_AUTO_MAP = {"AutoProcessor": _PROCESSOR}
 IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": _IMAGE_PROCESSOR, "AutoProcessor": _PROCESSOR}
 TOKENIZER_AUTO_MAP = {"AutoTokenizer": [_TOKENIZER, None], "AutoProcessor": _PROCESSOR}

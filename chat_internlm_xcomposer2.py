@@ -258,29 +258,6 @@ class ChatMixin(AnswerMixin):
         """`</s>` and the end of a turn."""
         return [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
 
-    def check_tokenizer(self, tokenizer) -> None:
-        """Raise `ValueError` unless the tokenizer's vocabulary is the model's."""
-        if tokenizer is None:
-            raise ValueError("no tokenizer: pass one, or set model.tokenizer")
-        if not hasattr(tokenizer, "convert_tokens_to_ids"):
-            raise TypeError(f"the tokenizer is a {type(tokenizer).__name__}; load it with AutoTokenizer")
-        rows = self.config.text_config.vocab_size
-        if rows not in (tokenizer.vocab_size, len(tokenizer)) and len(tokenizer) > rows:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} pieces but the model {rows}; load the tokenizer that "
-                "lies beside the checkpoint"
-            )
-        end, expected = tokenizer.convert_tokens_to_ids(END_OF_TURN), self.config.end_token_id
-        if end in (None, tokenizer.unk_token_id):
-            raise ValueError(
-                f"the tokenizer has no piece {END_OF_TURN}, which ends every turn of these models"
-            )
-        if expected < rows and end != expected:
-            raise ValueError(
-                f"the tokenizer's id of {END_OF_TURN} is {end} but the model's is {expected}; load the "
-                "tokenizer that lies beside the checkpoint"
-            )
-
 
 def _answers_so_far(stream: ChatStream) -> Iterator[tuple[str, ChatHistory]]:
     with stream:

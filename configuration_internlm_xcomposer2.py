@@ -53,7 +53,6 @@ _CLIP_LARGE = {
     "projection_dim": 768,
 }
 
-
 # Width of an attention head in every published checkpoint; the weights don't tell how many heads there are.
 _HEAD_DIM = 128
 
@@ -142,8 +141,7 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
         self.plora_rank = plora_rank
         self.plora_alpha = plora_rank if plora_alpha is None else plora_alpha
         self.plora_wqkv_rank = plora_rank if plora_wqkv_rank is None else plora_wqkv_rank
-        wqkv_follows = plora_wqkv_alpha is None
-        self.plora_wqkv_alpha = self.plora_wqkv_rank if wqkv_follows else plora_wqkv_alpha
+        self.plora_wqkv_alpha = self.plora_wqkv_rank if plora_wqkv_alpha is None else plora_wqkv_alpha
         self.plora_dropout = plora_dropout
         self.task_adapters = dict(task_adapters or {})
         self._check()
@@ -220,6 +218,7 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         hd_num: the default number of local tiles that a picture may be cut into.
         video_memory_size: input width of `video_mem_proj` (OmniLive base), or `None` where there is none.
         max_length: the published limit of prompt and answer together, in tokens.
+        num_labels: scores of a reward model, one unless `id2label` names more.
         kwargs: every field of `InternLMXcomposer2TextConfig`, as published files have them.
 
     Raises:
@@ -258,10 +257,10 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         self.end_token_id = end_token_id
         self.hd_num = defaults["hd_num"] if hd_num is None else hd_num
         self.video_memory_size = video_memory_size
-        if max_length is None:
-            max_length = defaults["max_length"]
-        self.max_length = max_length
+        self.max_length = defaults["max_length"] if max_length is None else max_length
         self._check()
+        if kwargs.get("id2label") is None:
+            kwargs["num_labels"] = kwargs.get("num_labels") or 1  # the library's default is two
         forwarded = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
         super().__init__(**{name: getattr(self.text_config, name) for name in forwarded}, **kwargs)
 
@@ -426,9 +425,9 @@ def _complete(config: InternLMXcomposer2Config, shapes: WeightShapes) -> InternL
     _complete_text(config.text_config, shapes, config.version)
     if config.image_token_id == _IMAGE_TOKEN_ID:  # which a vocabulary of another family may lack
         config.image_token_id = min(_IMAGE_TOKEN_ID, config.text_config.vocab_size - 1)
-    config.video_memory_size = (
-        shapes["video_mem_proj.0.weight"][1] if shapes.count("video_mem_proj.") else None
-    )
+    video_memory = shapes.shapes.get("video_mem_proj.0.weight")
+    config.video_memory_size = video_memory[1] if video_memory else None
+    config.num_labels = shapes.rows("score.weight", config.num_labels)
     config._check()
     return config
 

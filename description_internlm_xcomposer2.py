@@ -8,10 +8,12 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .auto_internlm_xcomposer2 import REWARD_AUTO_MAP
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .image_processor_internlm_xcomposer2 import InternLMXComposer2ImageProcessor
 from .inspect_internlm_xcomposer2 import Findings
 from .tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
+from .weight_shapes_internlm_xcomposer2 import is_reward
 
 # What lies beside this module: the files of nano, which say where each class is found.
 PACKAGE = Path(__file__).resolve().parent
@@ -110,11 +112,8 @@ def _fields_beside(findings: Findings, name: str, notes: list[str]) -> dict:
 
 def _config_bytes(findings: Findings) -> bytes:
     config = copy.deepcopy(findings.config)
-    config.auto_map = auto_maps()["config.json"]
-    auto_class = "AutoModel"
-    if "score.weight" in findings.headers and class_for("AutoModelForSequenceClassification"):
-        auto_class = "AutoModelForSequenceClassification"
-    config.architectures = [class_for(auto_class).rsplit(".", 1)[1]]
+    config.auto_map = REWARD_AUTO_MAP if is_reward(findings.headers) else auto_maps()["config.json"]
+    config.architectures = [config.auto_map["AutoModel"].rsplit(".", 1)[1]]
     if findings.dtype.is_floating_point:
         config.dtype = findings.dtype
     return config.to_json_string(use_diff=False).encode()

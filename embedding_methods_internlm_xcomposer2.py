@@ -180,7 +180,7 @@ class EmbeddingMethodsMixin:
             ValueError: marks and pictures differ in number, or a conversation is longer than
                 `self.max_length`.
         """
-        texts = list(_flatten(text_list))
+        texts = list(flatten(text_list))
         rows = group_pictures(img_list, len(texts), image_nums)
         for row, (text, pictures) in enumerate(zip(texts, rows, strict=True)):
             if text.count(IMAGE_MARK) != len(pictures):
@@ -260,18 +260,9 @@ class EmbeddingMethodsMixin:
             ValueError: something is missing or doesn't fit, or a conversation is longer than
                 `self.max_length`.
         """
-        lacking = [name for name in ("text_input", "data_type") if not samples.get(name)]
-        if lacking:
-            raise ValueError(f"samples lack {', '.join(lacking)}; they hold {', '.join(samples)}")
-        kind = next(_flatten(samples["data_type"]))
-        if kind not in ("multi", "text"):
-            raise ValueError(f"unknown data_type {kind!r}; it is 'multi' or 'text'")
-        texts = list(_flatten(samples["text_input"]))
-        if kind == "text":
-            return self.interleav_wrap([[] for _ in texts], texts)
-        if samples.get("image") is None:
-            raise ValueError("samples of data_type 'multi' lack 'image'; use 'text' where there are none")
-        return self.interleav_wrap(samples["image"], texts)
+        has_pictures = check_samples(samples, ("text_input",))
+        texts = list(flatten(samples["text_input"]))
+        return self.interleav_wrap(samples["image"] if has_pictures else [[] for _ in texts], texts)
 
     def _encode_pictures(self, pictures: list) -> list[Tensor]:
         """Pictures or pixels -> one (tokens, hidden) each; pixels go through the tower together."""
@@ -351,6 +342,26 @@ class EmbeddingMethodsMixin:
         return embeds.masked_scatter(im_mask.to(embeds.device)[..., None], placed)
 
 
+def check_samples(samples: dict, texts: Sequence[str]) -> bool:
+    """Whether a batch of the published trainers has pictures.
+
+    Args:
+        texts: the keys under which it needs texts.
+
+    Raises:
+        ValueError: a key is missing, or `data_type` is unknown.
+    """
+    lacking = [name for name in (*texts, "data_type") if not samples.get(name)]
+    if lacking:
+        raise ValueError(f"samples lack {', '.join(lacking)}; they hold {', '.join(samples)}")
+    kind = next(flatten(samples["data_type"]))
+    if kind not in ("multi", "text"):
+        raise ValueError(f"unknown data_type {kind!r}; it is 'multi' or 'text'")
+    if kind == "multi" and samples.get("image") is None:
+        raise ValueError("samples of data_type 'multi' lack 'image'; use 'text' where there are none")
+    return kind == "multi"
+
+
 def find_answers(ids: list[int], opening: list[int], end: int) -> list[tuple[int, int]]:
     """Where the answers of a conversation lie, as (first, one past the last) positions.
 
@@ -378,7 +389,7 @@ def group_pictures(pictures, num_rows: int, image_nums: Sequence[int] | None = N
         ValueError: the number of entries is not that of the conversations.
     """
     if image_nums is not None:
-        flat = list(_flatten(pictures))
+        flat = list(flatten(pictures))
         if len(image_nums) != num_rows or sum(image_nums) != len(flat):
             raise ValueError(
                 f"image_nums {list(image_nums)} must name {len(flat)} pictures of {num_rows} conversations"
@@ -386,21 +397,21 @@ def group_pictures(pictures, num_rows: int, image_nums: Sequence[int] | None = N
         remaining = iter(flat)
         return [[next(remaining) for _ in range(count)] for count in image_nums]
     if num_rows == 1:
-        return [list(_flatten(pictures))]
+        return [list(flatten(pictures))]
     while len(pictures) == 1 and isinstance(pictures[0], list | tuple | Tensor):
         pictures = pictures[0]
     if len(pictures) != num_rows:
         raise ValueError(f"there are {num_rows} conversations but pictures for {len(pictures)}")
-    return [list(_flatten(entry)) for entry in pictures]
+    return [list(flatten(entry)) for entry in pictures]
 
 
-def _flatten(items) -> Iterable:
+def flatten(items) -> Iterable:
     """Whatever lies in nested lists, in order; stacks of pixels as one (1, 3, height, width) each."""
     if isinstance(items, Tensor):
         yield from items.reshape(-1, *items.shape[-3:]).split(1)
     elif isinstance(items, list | tuple):
         for item in items:
-            yield from _flatten(item)
+            yield from flatten(item)
     else:
         yield items
 

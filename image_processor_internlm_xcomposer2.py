@@ -12,13 +12,12 @@ from .checkpoint_internlm_xcomposer2 import checkpoint_config, has_file, hub_arg
 from .configuration_internlm_xcomposer2 import VERSIONS
 from .conversation_internlm_xcomposer2 import Medium, flatten_images, flatten_videos
 from .ixc_utils import MAX_FRAMES, check_hd_num
-from .media_internlm_xcomposer2 import load_image
 from .visual_internlm_xcomposer2 import (
     Visual,
     default_hd_num,
+    load_media,
     num_tokens_of_grid,
     prepare_visuals,
-    video_visual,
 )
 
 
@@ -116,12 +115,7 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
         Raises:
             FileNotFoundError, TypeError, ValueError: as `load_image` and `load_video`.
         """
-        return [
-            video_visual(medium.source, self, fps=fps, max_frames=num_frames)
-            if medium.is_video
-            else Visual(image=load_image(medium.source))
-            for medium in media
-        ]
+        return load_media(media, self, fps=fps, max_frames=num_frames)
 
     def default_hd_num(self, num_visuals: int) -> int:
         """The budget of tiles of each picture of a prompt where the caller names none."""

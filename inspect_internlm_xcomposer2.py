@@ -26,8 +26,9 @@ from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .ixc_utils import num_image_tokens, num_square_tokens, plan_tiles
 from .modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 from .packed_internlm_xcomposer2 import Packing, packing_of, unpacked_shapes
+from .reward_internlm_xcomposer2 import InternLMXComposer2ForSequenceClassification
 from .visual_internlm_xcomposer2 import LAYOUTS
-from .weight_shapes_internlm_xcomposer2 import plain_name
+from .weight_shapes_internlm_xcomposer2 import is_reward, plain_name
 
 # Beginnings of tensor names, and what they belong to; the first that fits counts.
 _PARTS = {
@@ -182,8 +183,11 @@ def compare_with_model(
     Args:
         shapes: those of the weights, unpacked. Packed linears may have a bias: of zeros it is dropped.
     """
+    model_class = (
+        InternLMXComposer2ForSequenceClassification if is_reward(shapes) else InternLMXComposer2ForCausalLM
+    )
     with torch.device("meta"):
-        model = InternLMXComposer2ForCausalLM(config)
+        model = model_class(config)
     expected = {(plain_name(name), tuple(value.shape)) for name, value in model.state_dict().items()}
     biases = {f"{linear}.bias" for linear in packing.linears} if packing else set()
     found = {(plain_name(name), shape) for name, shape in shapes.items() if name not in biases}

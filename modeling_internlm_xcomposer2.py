@@ -1,7 +1,7 @@
 """The whole model: pictures into the decoder's embeddings, `forward`, loading and saving."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate.utils import align_module_device
@@ -10,9 +10,14 @@ from transformers import GenerationMixin, PreTrainedConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.core_model_loading import WeightRenaming
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.utils import can_return_tuple
 
+from .answer_internlm_xcomposer2 import PromptMixin
 from .build_mlp import build_projector, build_vision_projector, build_vision_tower
 from .chat_internlm_xcomposer2 import ChatMixin
 from .checkpoint_internlm_xcomposer2 import (
@@ -43,25 +48,19 @@ from .modeling_internlm2 import (
 from .packed_internlm_xcomposer2 import loading_arguments
 from .parallel_internlm_xcomposer2 import check_divisible, check_gatherable, tensor_parallel_size
 from .quantization_internlm_xcomposer2 import quantizer_argument, saving_quantized, settle_quantized
+from .training_internlm_xcomposer2 import blank_picture, must_see_pictures
 from .visual_internlm_xcomposer2 import check_grids, num_tokens_of_grid
+from .weight_shapes_internlm_xcomposer2 import is_reward
 from .writing_internlm_xcomposer2 import WritingMixin
 
 # Published names of the decoder's linears -> ours, whose plain linear is a child; and back at saving.
 PUBLISHED_KEYS = {r"\.(wqkv|wo|w1|w2|w3)\.weight": r".\1.linear.weight"}
 
 
-class InternLMXComposer2ForCausalLM(
-    ChatMixin,
-    WritingMixin,
-    EmbeddingMethodsMixin,
-    GenerateMixin,
-    InternLM2PreTrainedModel,
-    GenerationMixin,
-):
-    """InternLM-XComposer2, -VL, -4KHD and 2.5: a vision tower, a projector and InternLM2 with Partial LoRA.
+class InternLMXComposer2Backbone(EmbeddingMethodsMixin, PromptMixin, InternLM2PreTrainedModel):
+    """A checkpoint without its head: a vision tower, a projector and InternLM2 with Partial LoRA.
 
-    Two ways in give the same numbers: ids with pictures (`input_ids`, `pixel_values`, `image_grid_hw`), and
-    embeddings with a mask (`inputs_embeds`, `im_mask`).
+    Subclasses add a head and call `post_init`.
     """
 
     config_class = InternLMXcomposer2Config
@@ -69,7 +68,6 @@ class InternLMXComposer2ForCausalLM(
     input_modalities = ("image", "text")
     _keys_to_ignore_on_load_missing = [r"vit\..*\.post_layernorm\."]
     _keys_to_ignore_on_load_unexpected = [r"\.position_ids$", r"\.rotary_emb\.inv_freq$"]
-    _tp_plan = {"output": "colwise_gather_output"}
 
     def __init__(self, config: InternLMXcomposer2Config) -> None:
         check_attention(config)
@@ -84,7 +82,6 @@ class InternLMXComposer2ForCausalLM(
         if config.video_memory_size:
             self.video_mem_proj = build_projector(config.video_memory_size, config.text_config.hidden_size)
         self.model = InternLM2Model(config.text_config)
-        self.output = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.vis_processor = VisProcessor(None if config.is_tiled else config.img_size)
         self.tokenizer = None
         self.hd_num = config.hd_num
@@ -97,8 +94,6 @@ class InternLMXComposer2ForCausalLM(
             *(rf"\.lora_{name}_[AB]\.weight$" for name in skipped),
         ]
         self._weight_conversions = [WeightRenaming(*pair) for pair in PUBLISHED_KEYS.items()]
-        self.post_init()
-        self._settle_generation_config()
 
     # ---- loading and saving ----
 
@@ -114,8 +109,10 @@ class InternLMXComposer2ForCausalLM(
     ):
         """Load a published checkpoint as it lies on disk, or one that `save_pretrained` wrote.
 
-        Sizes that `config.json` leaves out, and the version, are what the weights say. GPTQ and AWQ weights
-        are unpacked. `quantization_config` quantises the decoder's plain linears alone.
+        Weights with a score head in place of the output head are a reward model's: asked for a chat model,
+        this returns an `InternLMXComposer2ForSequenceClassification`. Sizes that `config.json` leaves out,
+        and the version, are what the weights say. GPTQ and AWQ weights are unpacked. `quantization_config`
+        quantises the decoder's plain linears alone.
 
         Args:
             adapters: for which inference modes (`"write"`, `"web"`) to load the task adapters, all that are
@@ -140,11 +137,12 @@ class InternLMXComposer2ForCausalLM(
         kwargs["quantization_config"] = quantization
         with asking_for_heads(source):
             config = config.complete_from_shapes(shapes)
+        model_class = cls._class_for(shapes)
         check_divisible(config.text_config, tensor_parallel_size(kwargs))
         config._skipped_adapters = choose_adapters(config, adapters)
         accept_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = True  # so that every fault is listed below, not only logged
-        model, info = super().from_pretrained(
+        model, info = super(InternLMXComposer2Backbone, model_class).from_pretrained(
             path, *model_args, config=config, output_loading_info=True, **kwargs
         )
         check_loading({**info, "mismatched_keys": () if accept_mismatch else info["mismatched_keys"]}, source)
@@ -153,6 +151,11 @@ class InternLMXComposer2ForCausalLM(
         model.name_or_path = model.config.name_or_path = str(source or "")
         settle_quantized(model)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _class_for(cls, shapes: Mapping[str, tuple[int, ...]]) -> type["InternLMXComposer2Backbone"]:
+        """The class that a checkpoint with these weights is loaded as."""
+        return cls
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Write the checkpoint, under the published names where the weights are not quantised.
@@ -175,19 +178,7 @@ class InternLMXComposer2ForCausalLM(
                 init.normal_(newline, std=self.config.text_config.initializer_range)
 
     def _settle_generation_config(self) -> None:
-        """Let `generate` stop at the end of a turn, which the published configurations leave out.
-
-        The published `max_length` limits a prompt; it is no default for how much is generated.
-        """
-        if self.generation_config.max_length == self.config.max_length:
-            self.generation_config.max_length = None
-        if self.config.end_token_id >= self.config.text_config.vocab_size:
-            return
-        stops = self.generation_config.eos_token_id
-        stops = self.config.eos_token_id if stops is None else stops
-        stops = [stops] if isinstance(stops, int) else list(stops or [])
-        if self.config.end_token_id not in stops:
-            self.generation_config.eos_token_id = [*stops, self.config.end_token_id]
+        """Mend what the files say of `generate`, in a model that has it."""
 
     # ---- parts that libraries ask for ----
 
@@ -196,12 +187,6 @@ class InternLMXComposer2ForCausalLM(
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.tok_embeddings = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.output
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.output = new_embeddings
 
     def get_decoder(self) -> InternLM2Model:
         return self.model
@@ -300,6 +285,106 @@ class InternLMXComposer2ForCausalLM(
 
     # ---- running ----
 
+    def run_decoder(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        pixel_values: Tensor | None = None,
+        image_grid_hw: Tensor | None = None,
+        im_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        *,
+        for_loss: bool,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Ids with pictures, or embeddings with a mask -> (batch, tokens, hidden) for a head.
+
+        Args:
+            for_loss: whether this is a batch of training or evaluation, which every process runs alike.
+
+        Raises:
+            ValueError: both or neither input, or pictures and prompt don't match.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids, inputs_embeds and samples")
+        if inputs_embeds is not None and pixel_values is not None:
+            raise ValueError("inputs_embeds hold the pictures already; give pixel_values with input_ids")
+        if inputs_embeds is None:
+            self._check_pictures_present(input_ids, pixel_values, im_mask, past_key_values)
+            inputs_embeds, found = self.embed_inputs(input_ids, pixel_values, image_grid_hw, im_mask)
+            im_mask = im_mask if found is None else found
+        if for_loss and (im_mask is None or not im_mask.any()) and must_see_pictures(self):
+            inputs_embeds = self._pass_blank_picture(inputs_embeds)
+        return self.model(
+            inputs_embeds=inputs_embeds, im_mask=im_mask, past_key_values=past_key_values, **kwargs
+        )
+
+    def _pass_blank_picture(self, inputs_embeds: Tensor) -> Tensor:
+        """The same embeddings, computed from the vision parts too: a picture of which no token is used."""
+        picture = blank_picture(self.config, inputs_embeds.device)
+        features = torch.cat(self.get_image_features(*picture).pooler_output)
+        nowhere = torch.zeros_like(inputs_embeds, dtype=torch.bool)
+        return inputs_embeds.masked_scatter(nowhere, features.to(inputs_embeds.device, inputs_embeds.dtype))
+
+    def _check_pictures_present(
+        self, input_ids: Tensor, pixel_values: Tensor | None, im_mask: Tensor | None, cache: Cache | None
+    ) -> None:
+        """A prompt with places for pictures but no pictures is a mistake; a generated piece is not."""
+        if pixel_values is not None or im_mask is not None or torch.compiler.is_compiling():
+            return
+        if cache is not None and cache.get_seq_length() > 0:
+            return
+        num_places = int((input_ids == self.config.image_token_id).sum())
+        if num_places:
+            raise ValueError(f"the prompt reserves {num_places} image tokens but no pixel_values were given")
+
+
+class InternLMXComposer2ForCausalLM(
+    ChatMixin, WritingMixin, GenerateMixin, InternLMXComposer2Backbone, GenerationMixin
+):
+    """InternLM-XComposer2, -VL, -4KHD and 2.5, which answer.
+
+    Two ways in give the same numbers: ids with pictures (`input_ids`, `pixel_values`, `image_grid_hw`), and
+    embeddings with a mask (`inputs_embeds`, `im_mask`).
+    """
+
+    _tp_plan = {"output": "colwise_gather_output"}
+
+    def __init__(self, config: InternLMXcomposer2Config) -> None:
+        super().__init__(config)
+        self.output = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+        self._settle_generation_config()
+
+    @classmethod
+    def _class_for(cls, shapes: Mapping[str, tuple[int, ...]]) -> type[InternLMXComposer2Backbone]:
+        if not is_reward(shapes):
+            return cls
+        from .reward_internlm_xcomposer2 import InternLMXComposer2ForSequenceClassification  # imports this
+
+        return InternLMXComposer2ForSequenceClassification
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.output
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.output = new_embeddings
+
+    def _settle_generation_config(self) -> None:
+        """Let `generate` stop at the end of a turn, which the published configurations leave out.
+
+        The published `max_length` limits a prompt; it is no default for how much is generated.
+        """
+        if self.generation_config.max_length == self.config.max_length:
+            self.generation_config.max_length = None
+        if self.config.end_token_id >= self.config.text_config.vocab_size:
+            return
+        stops = self.generation_config.eos_token_id
+        stops = self.config.eos_token_id if stops is None else stops
+        stops = [stops] if isinstance(stops, int) else list(stops or [])
+        if self.config.end_token_id not in stops:
+            self.generation_config.eos_token_id = [*stops, self.config.end_token_id]
+
     @can_return_tuple
     def forward(
         self,
@@ -344,22 +429,19 @@ class InternLMXComposer2ForCausalLM(
         check_infer_mode(infer_mode, self.config.text_config)
         if samples is not None:
             inputs_embeds, attention_mask, labels, im_mask = self.embed_samples(samples)
-        elif (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids, inputs_embeds and samples")
-        elif inputs_embeds is not None and pixel_values is not None:
-            raise ValueError("inputs_embeds hold the pictures already; give pixel_values with input_ids")
-        elif inputs_embeds is None:
-            self._check_pictures_present(input_ids, pixel_values, im_mask, past_key_values)
-            inputs_embeds, found = self.embed_inputs(input_ids, pixel_values, image_grid_hw, im_mask)
-            im_mask = im_mask if found is None else found
+            input_ids = pixel_values = None
         if use_cache is None and labels is not None:
             use_cache = False
-        outputs = self.model(
-            inputs_embeds=inputs_embeds,
+        outputs = self.run_decoder(
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            image_grid_hw,
+            im_mask,
+            past_key_values,
+            for_loss=labels is not None,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            im_mask=im_mask,
             infer_mode=infer_mode,
             use_cache=use_cache,
             **kwargs,
@@ -381,15 +463,3 @@ class InternLMXComposer2ForCausalLM(
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _check_pictures_present(
-        self, input_ids: Tensor, pixel_values: Tensor | None, im_mask: Tensor | None, cache: Cache | None
-    ) -> None:
-        """A prompt with places for pictures but no pictures is a mistake; a generated piece is not."""
-        if pixel_values is not None or im_mask is not None or torch.compiler.is_compiling():
-            return
-        if cache is not None and cache.get_seq_length() > 0:
-            return
-        num_places = int((input_ids == self.config.image_token_id).sum())
-        if num_places:
-            raise ValueError(f"the prompt reserves {num_places} image tokens but no pixel_values were given")

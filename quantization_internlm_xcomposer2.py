@@ -22,6 +22,7 @@ FULL_PRECISION_MODULES = (
     "vision_proj",
     "video_mem_proj",
     "output",
+    "score",
     r".*\.Plora_[AB]",
     r".*\.lora_\w+_[AB]",
 )

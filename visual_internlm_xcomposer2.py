@@ -151,6 +151,20 @@ def video_visual(source, config, **sampling) -> Visual:
     return Visual(frames=tuple(load_video(source, **sampling)))
 
 
+def load_media(media: Iterable, config, **sampling) -> list[Visual]:
+    """Media that say whether they are videos (`is_video`) and where they are (`source`), loaded.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `load_image` and `video_visual`.
+    """
+    return [
+        video_visual(medium.source, config, **sampling)
+        if medium.is_video
+        else Visual(image=load_image(medium.source))
+        for medium in media
+    ]
+
+
 def check_pixels(pixels: Tensor, config) -> Tensor:
     """(3, height, width) normalised pixels, if the tower can read them.
 

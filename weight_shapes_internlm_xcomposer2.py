@@ -1,11 +1,17 @@
 """The shapes of a checkpoint's tensors by name, whichever way its linears are stored. No torch."""
 
 import re
+from collections.abc import Collection
 
 
 def plain_name(name: str) -> str:
     """A tensor's name where a linear is no child of its own: `wqkv.linear.weight` -> `wqkv.weight`."""
     return re.sub(r"\.linear\.(\w+)$", r".\1", name)
+
+
+def is_reward(names: Collection[str]) -> bool:
+    """Whether tensors of these names are a reward model's: a score head in place of the output head."""
+    return "score.weight" in names and "output.weight" not in names
 
 
 class WeightShapes:

@@ -5,7 +5,7 @@ import os
 import random
 import re
 from base64 import b64encode
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from math import isfinite
@@ -103,13 +103,25 @@ def read_rows(
     """
     path = Path(path)
     root = path.parent if media_root is None else Path(media_root)
-    entries = _read_lines(path) if path.suffix.lower() in LINES else _read_list(path)
-    rows = [
-        _read_row(path, index, line, entry, root, ignore_keys) for index, (line, entry) in enumerate(entries)
+    return [
+        read_row(path, index, line, entry, root, ignore_keys)
+        for index, (line, entry) in enumerate(read_entries(path))
     ]
-    if not rows:
+
+
+def read_entries(path: Path) -> list[tuple[int | None, object]]:
+    """The entries of a file as they stand there, and the line of each where it has its own.
+
+    An entry of JSON lines that is no JSON is the error that says so.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file as a whole is no list of rows.
+    """
+    entries = list(_read_lines(path) if path.suffix.lower() in LINES else _read_list(path))
+    if not entries:
         raise ValueError(f"{path} holds no rows")
-    return rows
+    return entries
 
 
 def read_mixture(
@@ -117,6 +129,7 @@ def read_mixture(
     media_root: str | os.PathLike | None = None,
     ignore_keys: Collection[str] = (),
     seed: int = 0,
+    read: Callable[..., list] = read_rows,
 ) -> list[Row]:
     """The rows that a mixture (`data.txt`) asks for, drawn and shuffled by `seed`.
 
@@ -124,13 +137,16 @@ def read_mixture(
     number the file is taken as it is. Where more are asked for than there are, every row is repeated equally
     often, give or take one; where fewer, none is drawn twice.
 
+    Args:
+        read: how each file is read, with the arguments of `read_rows`.
+
     Raises:
         FileNotFoundError: the mixture or a file that it names is missing.
         ValueError: a line without a path or with a number that is no count, or a file without rows.
     """
     drawn = []
     for position, (source, num_samples) in enumerate(read_sources(path)):
-        rows = read_rows(source, media_root, ignore_keys)
+        rows = read(source, media_root, ignore_keys)
         drawn += draw_rows(rows, num_samples, random.Random(f"{seed}:{position}"))
     random.Random(seed).shuffle(drawn)
     return drawn
@@ -141,14 +157,15 @@ def read_data(
     media_root: str | os.PathLike | None = None,
     ignore_keys: Collection[str] = (),
     seed: int = 0,
+    read: Callable[..., list] = read_rows,
 ) -> list[Row]:
-    """The rows of several files: of mixtures (`.txt`) as `read_mixture`, of others as `read_rows`."""
+    """The rows of several files: of mixtures (`.txt`) as `read_mixture`, of others as `read`."""
     rows = []
     for path in paths:
         if Path(path).suffix.lower() == MIXTURE:
-            rows += read_mixture(path, media_root, ignore_keys, seed)
+            rows += read_mixture(path, media_root, ignore_keys, seed, read)
         else:
-            rows += read_rows(path, media_root, ignore_keys)
+            rows += read(path, media_root, ignore_keys)
     return rows
 
 
@@ -230,7 +247,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, object]]:
 # --- rows ---
 
 
-def _read_row(
+def read_row(
     path: Path, index: int, line: int | None, entry: object, root: Path, ignore_keys: Collection[str]
 ) -> Row:
     """One entry of a file as a row, with its faults where it has any."""
@@ -244,7 +261,7 @@ def _read_row(
 
 def _read_entry(entry: object, ignore_keys: Collection[str]) -> tuple[tuple[Turn, ...], list]:
     """Turns and media sources of an entry in either form."""
-    if isinstance(entry, _Unreadable):
+    if isinstance(entry, ValueError):
         raise entry
     if not isinstance(entry, Mapping):
         raise _Unreadable(f"a row is an object, not {_kind(entry)}")

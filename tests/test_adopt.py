@@ -415,17 +415,6 @@ def test_a_damaged_record_is_named(tmp_path):
         adopt(tmp_path / "source", tmp_path / "target")
 
 
-def test_a_reward_model_is_recognised_and_refused(tmp_path, capsys):
-    weights = published_weights(tiny_model("2.5"))
-    weights["score.weight"] = weights.pop("output.weight")[:1]
-    published_source(tmp_path / "source", weights=weights)
-    with pytest.raises(ValueError, match=r"1 missing: output\.weight.*1 unknown: score.*reward model"):
-        adopt(tmp_path / "source", tmp_path / "target")
-    assert not (tmp_path / "target").exists()
-    assert main(["inspect", str(tmp_path / "source")]) == 0
-    assert "this is a reward model" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("again", [False, True])
 def test_a_run_that_breaks_off_leaves_nothing_behind(tmp_path, monkeypatch, again):
     published_source(tmp_path / "source", kind="bin", shards=2)

@@ -150,9 +150,9 @@ def test_a_wholly_offloaded_model_answers(tmp_path, version):
 def test_missing_and_unknown_tensors_are_listed(tmp_path):
     model = tiny_model("2.5")
     weights = published_weights(model)
-    weights["score.weight"] = weights.pop("output.weight")[:1]
+    weights["head.weight"] = weights.pop("output.weight")[:1]
     write_published(tmp_path, weights, flat_config(model))
-    with pytest.raises(ValueError, match=r"1 missing: output\.weight.*1 unexpected: score\.weight"):
+    with pytest.raises(ValueError, match=r"1 missing: output\.weight.*1 unexpected: head\.weight"):
         AutoModel.from_pretrained(tmp_path)
 
 
@@ -284,6 +284,13 @@ def test_writing_a_checkpoint_is_what_loading_reads(tmp_path, family_model):
     directory = write_checkpoint(tmp_path / "2", "2", model_type="internlmxcomposer2")
     config = AutoConfig.from_pretrained(directory)
     assert type(config) is InternLMXcomposer2Config and config.version == "2"
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_the_type_of_the_file_can_be_asked_for(name):
+    for kind in (InternLMXComposer2ForCausalLM, AutoModel):
+        model = kind.from_pretrained(ROOT, **{name: "auto"})
+        assert model.dtype == model.config.dtype == torch.float16
 
 
 # ---- task adapters ----
