@@ -69,6 +69,7 @@ class RowEncoder:
         hd_num: how many local tiles a picture may be cut into; by default as many as in `chat`.
         too_long: what becomes of a row beyond `max_length`: `"error"`, or `"cut"` at its end as long as all
             pictures and some of its answers remain.
+        pixel_dtype: of `pixel_values`. The tower casts them to its own, so that dtype loses nothing.
 
     Raises:
         ValueError, TypeError: an argument that is impossible.
@@ -81,6 +82,7 @@ class RowEncoder:
         layout: str = "inference",
         hd_num: int | None = None,
         too_long: str = "error",
+        pixel_dtype: torch.dtype = torch.float32,
     ) -> None:
         for name, value, known in (("layout", layout, PROMPTS), ("too_long", too_long, TOO_LONG)):
             if value not in known:
@@ -92,6 +94,7 @@ class RowEncoder:
         self.layout = layout
         self.hd_num = None if hd_num is None else check_hd_num(hd_num)
         self.too_long = too_long
+        self.pixel_dtype = pixel_dtype
         tokenizer = processor.tokenizer
         self.opening = tokenizer(f"{BEGIN_OF_TURN}assistant", add_special_tokens=False)["input_ids"]
         self.end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
@@ -151,7 +154,8 @@ class RowEncoder:
         item = {"input_ids": torch.tensor(plan.ids), "labels": torch.tensor(plan.labels)}
         if plan.visuals:
             prepared = [self._prepare(visual, plan.hd_num) for visual in plan.visuals]
-            item["pixel_values"], item["image_grid_hw"] = batch_images(prepared)
+            pixels, item["image_grid_hw"] = batch_images(prepared)
+            item["pixel_values"] = pixels.to(self.pixel_dtype)
         return item
 
     # ---- text ----
@@ -266,7 +270,7 @@ class ConversationDataset(Dataset):
 
     Args:
         rows: as `read_rows` and `read_mixture` give them.
-        processor, max_length, layout, hd_num, too_long: as `RowEncoder` takes them.
+        processor, max_length, layout, hd_num, too_long, pixel_dtype: as `RowEncoder` takes them.
 
     Raises:
         ValueError: there are no rows, or an argument is impossible.
@@ -280,11 +284,12 @@ class ConversationDataset(Dataset):
         layout: str = "inference",
         hd_num: int | None = None,
         too_long: str = "error",
+        pixel_dtype: torch.dtype = torch.float32,
     ) -> None:
         if not rows:
             raise ValueError("there are no rows to train on")
         self.rows = list(rows)
-        self.encoder = RowEncoder(processor, max_length, layout, hd_num, too_long)
+        self.encoder = RowEncoder(processor, max_length, layout, hd_num, too_long, pixel_dtype)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -304,11 +309,9 @@ class ConversationDataset(Dataset):
         Raises:
             RowFault: at the first bad row.
         """
-        known: dict[tuple, int] = {}  # rows of a mixture repeat
-        for row in self.rows:
-            if (row.source, row.index) not in known:
-                known[row.source, row.index] = len(self.encoder.plan(row, decode=False).ids)
-        return [known[row.source, row.index] for row in self.rows]
+        rows = {id(row): row for row in self.rows}  # those of a mixture repeat
+        known = {key: len(self.encoder.plan(row, decode=False).ids) for key, row in rows.items()}
+        return [known[id(row)] for row in self.rows]
 
 
 class Collator:

@@ -37,7 +37,9 @@ _KIND_OF_MARK = {IMAGE_MARK: "image", VIDEO_MARK: "video"}
 
 
 class RowFault(ValueError):
-    """What is wrong with a row, told with its file and its number."""
+    """What is wrong with a row, told with its file and its number; `faults` are told without them."""
+
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class Row:
 
     def fault(self, faults: Sequence[str]) -> RowFault:
         """The error that says what is wrong with this row."""
-        return RowFault(f"{self.place}: {'; '.join(faults)}")
+        error = RowFault(f"{self.place}: {'; '.join(faults)}")
+        error.faults = tuple(faults)
+        return error
 
 
 class _Unreadable(ValueError):
@@ -161,9 +165,9 @@ def read_sources(path: str | os.PathLike) -> list[tuple[Path, int | None]]:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        name, _, count = line.rpartition(" ")
-        num_samples = _samples_of(count, f"{path}, line {number}") if name else None
-        sources.append((path.parent / (name.strip() if num_samples else line), num_samples))
+        name, *count = line.rsplit(maxsplit=1)
+        num_samples = _samples_of(count[0], f"{path}, line {number}") if count else None
+        sources.append((path.parent / (name if num_samples else line), num_samples))
     if not sources:
         raise ValueError(f"{path} names no files; each line is a path and a count in thousands of samples")
     return sources
@@ -219,8 +223,8 @@ def _read_lines(path: Path) -> Iterator[tuple[int, object]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
-                yield number, _Unreadable(f"line {number} is not JSON: {error}")
+            except json.JSONDecodeError as error:
+                yield number, _Unreadable(f"line {number} is not JSON: {error.msg}, column {error.colno}")
 
 
 # --- rows ---
@@ -280,8 +284,8 @@ def _read_modern(entry: Mapping) -> tuple[tuple[Turn, ...], list]:
         places = [part for part in bare if MEDIA_PARTS[part["type"]][0] == kind]
         if len(places) != len(sources):
             raise _Unreadable(
-                f"the messages have {len(places)} places for a {kind} without a source of its own, but "
-                f"{kind}s names {len(sources)}; mark each by {{'type': '{kind}'}} or "
+                f"{len(places)} {kind}s of the messages have no source of their own, but {kind}s names "
+                f"{len(sources)}; mark each by {{'type': '{kind}'}} or "
                 f"{IMAGE_MARK if kind == 'image' else VIDEO_MARK}"
             )
         for part, source in zip(places, sources, strict=True):

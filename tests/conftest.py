@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, published_tokenizer, tiny_model, write_checkpoint
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Tokenizer
+from internlm_xcomposer2.processing_internlm_xcomposer2 import InternLMXComposer2Processor
+from PIL import Image
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,3 +68,18 @@ def tokenizer() -> InternLMXComposer2Tokenizer:
 def model() -> InternLMXComposer2ForCausalLM:
     """A random model of version 2.5 with two layers. Shared: don't change it."""
     return tiny_model("2.5")
+
+
+@pytest.fixture(scope="session")
+def processor(model, tokenizer) -> InternLMXComposer2Processor:
+    """Of `model`, with the small vocabulary. Shared: don't change it."""
+    return InternLMXComposer2Processor.for_config(model.config, tokenizer)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder with a lying and a standing picture."""
+    for name, size in (("wide.png", (130, 60)), ("tall.jpg", (40, 150))):
+        pixels = np.random.RandomState(size[0]).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+    return tmp_path

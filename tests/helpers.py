@@ -52,6 +52,14 @@ def golden_cases(family: str) -> list[str]:
     return [name for name in names if not name.startswith("train")]
 
 
+def training_cases() -> list[tuple[str, str]]:
+    """Family and name of each recorded batch of the published trainers."""
+    folder = golden_directory()
+    return [
+        (family, path.stem) for family in FAMILIES for path in sorted((folder / family).glob("train*.json"))
+    ]
+
+
 def golden_case(family: str, name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """What a case records: its JSON and its tensors."""
     folder = golden_directory() / family

@@ -12,6 +12,7 @@ from helpers import (
     needs_published_tokenizer,
     random_pictures,
     tiny_model,
+    training_cases,
 )
 from internlm_xcomposer2 import InternLMXComposer2Tokenizer, modeling_internlm_xcomposer2
 from internlm_xcomposer2.embedding_methods_internlm_xcomposer2 import find_answers, group_pictures
@@ -19,16 +20,6 @@ from internlm_xcomposer2.ixc_utils import HD_transform, Image_transform, get_fon
 from PIL import Image
 
 VERSIONS = ("2", "2-4khd", "2.5")
-TRAINING = [
-    (family, case)
-    for family, case in (
-        ("2d5", "train_multi"),
-        ("2d5", "train_text"),
-        ("4khd", "train_text"),
-        ("vl", "train_multi"),
-    )
-    if (golden_directory() / family / f"{case}.safetensors").exists()
-]
 USER, ANSWER, END = "[UNUSED_TOKEN_146]user\n", "[UNUSED_TOKEN_146]assistant\n", "[UNUSED_TOKEN_145]\n"
 
 
@@ -417,7 +408,7 @@ def golden_samples(model, case: dict) -> dict:
 
 
 @needs_published_tokenizer
-@pytest.mark.parametrize(("family", "name"), TRAINING)
+@pytest.mark.parametrize(("family", "name"), training_cases())
 def test_training_as_the_original(family, name, checkpoint, published):
     case, tensors = golden_case(family, name)
     model = modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM.from_pretrained(checkpoint(family))
