@@ -191,9 +191,9 @@ def test_checkpoints_of_another_model_are_not_loaded(base, tmp_path):
     with pytest.raises(ValueError, match="doesn't fit the model"):
         load_weights(tiny_model("2.5"), base)
     weights = load_file(base / "model.safetensors")
-    removed, _ = weights.popitem()
+    del weights["plora_sub_GN"]
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=f"lacks 1 weights: {re.sub(r'[.](w[^.]+)[.]weight', '', removed)}"):
+    with pytest.raises(ValueError, match="lacks 1 weights: plora_sub_GN"):
         load_weights(InternLMXComposer2ForCausalLM.from_pretrained(base), tmp_path)
 
 
