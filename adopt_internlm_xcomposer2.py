@@ -88,7 +88,7 @@ def adopt(
     removed = [name for name in dropped if (target / name).exists()]
     if needed or removed:
         check_space(plan, needed, findings, target, copy)
-        with _staging(target) as staging:
+        with staging_beside(target) as staging:
             _fill(plan, needed, staging, copy)
             record = _record(plan, target, staging, previous, kept)
             record = {"source": os.fspath(source.resolve()), "converted": convert_bin, "files": record}
@@ -245,8 +245,12 @@ def check_space(plan: _Plan, needed: list[str], findings: Findings, target: Path
 
 
 @contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A new directory beside `target`, on the same disk; gone afterwards whatever happens."""
+def staging_beside(target: Path) -> Iterator[Path]:
+    """A new directory beside `target`, on the same disk; gone afterwards whatever happens.
+
+    Raises:
+        FileExistsError: another run is at work, or was killed.
+    """
     staging = target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -7,6 +7,7 @@ from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPPreTrainedModel, CLIPVisionEmbeddings
 
 from .configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2Config
+from .training_internlm_xcomposer2 import is_frozen, is_shared_out
 
 # How many tiles go through the tower at once: bounds the memory of a 4K picture or a long video.
 MAX_TILES_PER_BATCH = 8
@@ -156,18 +157,27 @@ class CLIPVisionTower(nn.Module):
         """Device of the tower's weights."""
         return self._weight.device
 
+    @property
+    def last_layer(self) -> nn.Module:
+        """The last layer of the encoder."""
+        return self.vision_tower.vision_model.encoder.layers[-1]
+
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """(tiles, 3, side, side) of any dtype and device -> (tiles, patches, width) on the tower's.
 
-        Without gradients, tiles that are the same are encoded once.
+        Without gradients, tiles that are the same are encoded once. Processes that share out the tower's
+        weights run it once each, however many tiles each of them has.
         """
         device = tiles.device if self.device.type == "meta" else self.device
         places = None if torch.is_grad_enabled() or self.training else find_repetitions(tiles)
         if places is not None:
             firsts, places = places
             tiles = tiles[firsts]
-        chunks = tiles.split(MAX_TILES_PER_BATCH)
-        features = [self.vision_tower(chunk.to(device, self.dtype))[:, 1:] for chunk in chunks]
+        chunks = [tiles] if is_shared_out(self.last_layer) else tiles.split(MAX_TILES_PER_BATCH)
+        # A frozen tower needs no gradients, even where checkpointing asks them of its embeddings.
+        wanted = torch.is_grad_enabled() and not (is_frozen(self) and not tiles.requires_grad)
+        with torch.set_grad_enabled(wanted):
+            features = [self.vision_tower(chunk.to(device, self.dtype))[:, 1:] for chunk in chunks]
         features = features[0] if len(features) == 1 else torch.cat(features)
         return features if places is None else features[places]
 

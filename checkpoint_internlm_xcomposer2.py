@@ -258,10 +258,13 @@ def read_config(config_class: type, source: str | os.PathLike, **kwargs) -> tupl
     hub_arguments = hub_arguments_in(kwargs)
     if not os.path.isfile(source) and _find(source, "config.json", hub_arguments) is None:
         raise FileNotFoundError(f"{source} has no config.json{_hint_to_adopt(source)}")
+    # "auto" means the type in the configuration, which would otherwise be set to this word.
+    auto = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if kwargs.get(name) == "auto"}
     try:
-        return config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+        config, unused = config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
     except OSError as error:
         raise OSError(f"{error}{_hint_to_adopt(source)}") from error
+    return config, {**unused, **auto}
 
 
 def _hint_to_adopt(source: str | os.PathLike) -> str:

@@ -43,6 +43,7 @@ from .modeling_internlm2 import (
 from .packed_internlm_xcomposer2 import loading_arguments
 from .parallel_internlm_xcomposer2 import check_divisible, check_gatherable, tensor_parallel_size
 from .quantization_internlm_xcomposer2 import quantizer_argument, saving_quantized, settle_quantized
+from .training_internlm_xcomposer2 import blank_picture, must_see_pictures
 from .visual_internlm_xcomposer2 import check_grids, num_tokens_of_grid
 from .writing_internlm_xcomposer2 import WritingMixin
 
@@ -352,6 +353,8 @@ class InternLMXComposer2ForCausalLM(
             self._check_pictures_present(input_ids, pixel_values, im_mask, past_key_values)
             inputs_embeds, found = self.embed_inputs(input_ids, pixel_values, image_grid_hw, im_mask)
             im_mask = im_mask if found is None else found
+        if labels is not None and (im_mask is None or not im_mask.any()) and must_see_pictures(self):
+            inputs_embeds = self._pass_blank_picture(inputs_embeds)
         if use_cache is None and labels is not None:
             use_cache = False
         outputs = self.model(
@@ -381,6 +384,13 @@ class InternLMXComposer2ForCausalLM(
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _pass_blank_picture(self, inputs_embeds: Tensor) -> Tensor:
+        """The same embeddings, computed from the vision parts too: a picture of which no token is used."""
+        picture = blank_picture(self.config, inputs_embeds.device)
+        features = torch.cat(self.get_image_features(*picture).pooler_output)
+        nowhere = torch.zeros_like(inputs_embeds, dtype=torch.bool)
+        return inputs_embeds.masked_scatter(nowhere, features.to(inputs_embeds.device, inputs_embeds.dtype))
 
     def _check_pictures_present(
         self, input_ids: Tensor, pixel_values: Tensor | None, im_mask: Tensor | None, cache: Cache | None

@@ -286,6 +286,13 @@ def test_writing_a_checkpoint_is_what_loading_reads(tmp_path, family_model):
     assert type(config) is InternLMXcomposer2Config and config.version == "2"
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_the_type_of_the_file_can_be_asked_for(name):
+    for kind in (InternLMXComposer2ForCausalLM, AutoModel):
+        model = kind.from_pretrained(ROOT, **{name: "auto"})
+        assert model.dtype == model.config.dtype == torch.float16
+
+
 # ---- task adapters ----
 
 

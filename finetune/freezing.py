@@ -1,0 +1,72 @@
+"""Which weights train."""
+
+from internlm_xcomposer2.configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE
+from torch import nn
+
+from .arguments import ModelArguments
+
+# The parts by which weights are frozen, and what their names begin with or contain.
+_NEVER = ("vit.vision_tower.vision_model.post_layernorm.", "video_mem_proj.")  # no forward pass uses them
+_PROJECTOR = ("vision_proj.", "plora_glb_GN", "plora_sub_GN")
+
+
+def part_of(name: str) -> str:
+    """The part that a weight belongs to, by its name in the model.
+
+    `unused`, `tower`, `projector`, `plora`, `task:` and an adapter's name, or `decoder`.
+    """
+    if name.startswith(_NEVER):
+        return "unused"
+    if name.startswith("vit."):
+        return "tower"
+    if name.startswith(_PROJECTOR):
+        return "projector"
+    if ".Plora_" in name:
+        return "plora"
+    if ".lora_" in name:  # lora_sft_A.weight of a published task adapter
+        return "task:" + name.split(".lora_")[1].split("_")[0]
+    return "decoder"
+
+
+def trained_parts(arguments: ModelArguments) -> set[str]:
+    """The parts that train; LoRA's own weights are none of them."""
+    parts = {
+        "full": {"decoder", "plora"},
+        "plora": {"plora"},
+        "adapter": {f"task:{name}" for name in ADAPTERS_OF_MODE[arguments.infer_mode]},
+        "lora": set(),
+    }[arguments.train]
+    if not arguments.fix_vit:
+        parts.add("tower")
+    if not arguments.fix_sampler and arguments.train != "lora":
+        parts.add("projector")
+    return parts
+
+
+def freeze(model: nn.Module, arguments: ModelArguments) -> None:
+    """Let exactly the wanted parts of a model train, which has no LoRA on it yet.
+
+    Raises:
+        ValueError: nothing would train.
+    """
+    parts = trained_parts(arguments)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(part_of(name) in parts)
+    if arguments.train != "lora" and not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError(
+            f"--train {arguments.train} finds no weights to train in this checkpoint; see its parts with "
+            f"'ixc2 inspect {arguments.model_name_or_path}'"
+        )
+
+
+def hold_trained_in_float32(model: nn.Module) -> None:
+    """Hold those weights in float32 that train, whose small steps a shorter type would round away."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
+def count_trained(model: nn.Module) -> tuple[int, int]:
+    """How many numbers train, and how many there are."""
+    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)

@@ -1,0 +1,79 @@
+"""Finished models and adapters: complete, in the published layout, and never half-written."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from internlm_xcomposer2.adopt_internlm_xcomposer2 import staging_beside
+from internlm_xcomposer2.description_internlm_xcomposer2 import describe_checkpoint
+from internlm_xcomposer2.inspect_internlm_xcomposer2 import examine
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .card import CARD
+from .trainer import FinetuneTrainer
+
+_ARGUMENTS = "training_args.bin"  # pickled by `Trainer`, and of no use with a finished model
+
+
+@contextmanager
+def put_in_place(target: Path) -> Iterator[Path]:
+    """A new directory that becomes `target` once everything in it is written.
+
+    Raises:
+        FileExistsError: `target` is there already, or another run is writing it.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} is there already; name another directory")
+    with staging_beside(target) as folder:
+        yield folder
+        folder.rename(target)
+
+
+def complete(folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+    """Add to saved weights what else a user needs: modules, tokenizer, processor, and the model card."""
+    (folder / _ARGUMENTS).unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    if not (folder / "adapter_config.json").exists():
+        files, _ = describe_checkpoint(examine(folder))
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    target: Path,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a complete checkpoint in the published layout.
+
+    Raises:
+        FileExistsError: `target` is there already.
+    """
+    with put_in_place(target) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        complete(folder, tokenizer, card)
+
+
+def save_trained(
+    trainer: FinetuneTrainer, tokenizer: PreTrainedTokenizerBase, card: str, target: Path
+) -> None:
+    """Write what was trained, the whole model or the adapter; every process calls this.
+
+    Raises:
+        FileExistsError: `target` is there already.
+    """
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    partial = target.with_name(f"{target.name}.partial")
+    if trainer.is_world_process_zero() and partial.exists():  # of a run that was killed
+        shutil.rmtree(partial)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(partial))
+    if trainer.is_world_process_zero():
+        complete(partial, tokenizer, card)
+        partial.rename(target)
+    trainer.accelerator.wait_for_everyone()

@@ -1,0 +1,236 @@
+"""Fine-tune a checkpoint on conversations: `python -m finetune.train --help`."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Processor
+from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import checkpoint_config
+from transformers import EarlyStoppingCallback, HfArgumentParser, PreTrainedModel, set_seed
+from transformers.utils import logging
+
+from .arguments import FINAL, DataArguments, ModelArguments, TrainArguments, check_arguments
+from .card import Facts, card_text
+from .dataset import Collator, ConversationDataset, RowEncoder
+from .freezing import count_trained, freeze, hold_trained_in_float32
+from .lora import add_lora, import_peft, quantization, target_modules
+from .packing import PackedDataset
+from .rows import read_data
+from .saving import save_trained
+from .trainer import FinetuneTrainer
+
+Arguments = tuple[ModelArguments, DataArguments, TrainArguments]
+
+# Settings that the card lists besides those that say what trains.
+_SETTINGS = (
+    "learning_rate",
+    "vit_learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "bf16",
+    "fp16",
+    "gradient_checkpointing",
+    "seed",
+)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
+    """Flags, or the path of one YAML or JSON file that holds them."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments))
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
+        return parser.parse_yaml_file(arguments[0])
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        return parser.parse_json_file(arguments[0])
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def train(model_arguments: ModelArguments, data: DataArguments, training: TrainArguments) -> FinetuneTrainer:
+    """Train, and write the finished model or adapter to `final` in the output directory.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: arguments, data or checkpoint are no good.
+        ImportError: LoRA without peft.
+        RuntimeError: out of memory; says what takes less.
+    """
+    check_arguments(model_arguments, data, training)
+    checkpoint = checkpoint_to_resume(training)
+    if model_arguments.train == "lora":
+        import_peft()
+        target_modules(model_arguments.lora_target_modules)
+    processor = InternLMXComposer2Processor.from_pretrained(model_arguments.model_name_or_path)
+    config = checkpoint_config(model_arguments.model_name_or_path)
+    rows = {name: _rows(paths, data, training.seed) for name, paths in _files(data, training).items()}
+    datasets = {name: _dataset(found, processor, data, config) for name, found in rows.items() if found}
+    settings = _settings(model_arguments, data, datasets["train"].encoder, training)
+    if data.packing:
+        datasets["train"] = PackedDataset(datasets["train"], config)
+    set_seed(training.seed)
+    model = load_model(model_arguments, training)
+    trainer = build_trainer(model, processor, datasets, model_arguments, training)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    card = card_text(
+        Facts(
+            base=model_arguments.model_name_or_path,
+            is_adapter=model_arguments.train == "lora",
+            data=_count(rows["train"]),
+            eval_data=_count(rows["eval"]),
+            num_trained=trainer.num_trained,
+            num_weights=trainer.num_weights,
+            settings=settings,
+            history=trainer.state.log_history,
+            seconds=time.monotonic() - started,
+        )
+    )
+    save_trained(trainer, processor.tokenizer, card, Path(training.output_dir) / FINAL)
+    return trainer
+
+
+def checkpoint_to_resume(training: TrainArguments) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` means: a directory, or the last whole one for `True`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    asked = training.resume_from_checkpoint
+    if not asked or str(asked).lower() == "false":
+        return None
+    if str(asked).lower() != "true":
+        if not (Path(asked) / "trainer_state.json").is_file():
+            raise FileNotFoundError(
+                f"{asked} holds no checkpoint to resume from: trainer_state.json is missing"
+            )
+        return str(asked)
+    # The state is written last, so that a save which was cut short has none.
+    found = [path.parent for path in Path(training.output_dir).glob("checkpoint-*/trainer_state.json")]
+    if not found:
+        raise FileNotFoundError(
+            f"{training.output_dir} holds no checkpoint to resume from; leave --resume_from_checkpoint out"
+        )
+    return str(max(found, key=lambda path: int(path.name.split("-")[1])))
+
+
+# ---- data ----
+
+
+def _files(data: DataArguments, training: TrainArguments) -> dict[str, list[str]]:
+    return {"train": data.data_path, "eval": training.eval_data}
+
+
+def _rows(paths: Sequence[str], data: DataArguments, seed: int) -> list:
+    return read_data(paths, data.media_root, data.ignore_keys, seed)
+
+
+def _dataset(rows: list, processor, data: DataArguments, config) -> ConversationDataset:
+    max_length = config.max_length if data.max_length is None else data.max_length
+    dataset = ConversationDataset(rows, processor, max_length, data.layout, data.hd_num, data.too_long)
+    if data.check_data:
+        _ = dataset.lengths  # names the first bad row
+    return dataset
+
+
+def _count(rows: list) -> dict[str, int]:
+    return dict(Counter(str(row.source) for row in rows))
+
+
+# ---- model ----
+
+
+def load_model(arguments: ModelArguments, training: TrainArguments) -> PreTrainedModel:
+    """The checkpoint with exactly those weights trainable that are to train, LoRA's new ones included.
+
+    Raises:
+        ValueError: the checkpoint can't be loaded, or lacks what is to train.
+    """
+    dtype = weights_dtype(arguments, training)
+    quantized = quantization(arguments, dtype)
+    is_lora = arguments.train == "lora"
+    modes = () if arguments.infer_mode == "base" else (arguments.infer_mode,)
+    model = InternLMXComposer2ForCausalLM.from_pretrained(
+        arguments.model_name_or_path,
+        dtype=dtype,
+        adapters=modes if is_lora else None,  # a whole model is saved with all of its task adapters
+        quantization_config=quantized,
+        device_map={"": training.device} if quantized else None,
+        **({"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}),
+    )
+    freeze(model, arguments)
+    if is_lora:
+        model = add_lora(model, arguments)
+    if training.mixed_precision != "no":
+        hold_trained_in_float32(model)
+    return model
+
+
+def weights_dtype(arguments: ModelArguments, training: TrainArguments) -> torch.dtype:
+    """The type that weights are held in."""
+    if arguments.dtype != "auto":
+        return getattr(torch, arguments.dtype)
+    if arguments.train != "lora":
+        return torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.mixed_precision, torch.float32)
+
+
+def build_trainer(
+    model: PreTrainedModel, processor, datasets: dict, arguments: ModelArguments, training: TrainArguments
+) -> FinetuneTrainer:
+    """A trainer for datasets by the names `train` and `eval`; says how many weights train."""
+    callbacks = []
+    if training.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
+    num_trained, num_weights = count_trained(model)
+    trainer = FinetuneTrainer(
+        infer_mode=arguments.infer_mode,
+        model=model,
+        args=training,
+        data_collator=Collator(processor.tokenizer.pad_token_id),
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("eval"),
+        callbacks=callbacks,
+    )
+    trainer.num_trained, trainer.num_weights = num_trained, num_weights
+    if trainer.is_world_process_zero():
+        print(
+            f"training {num_trained:,} of {num_weights:,} weights ({100 * num_trained / num_weights:.2f} %)"
+        )
+    return trainer
+
+
+def _settings(
+    arguments: ModelArguments, data: DataArguments, encoder: RowEncoder, training: TrainArguments
+) -> dict[str, object]:
+    """What the card lists."""
+    names = ["train", "fix_vit", "fix_sampler", "infer_mode", "dtype"]
+    if arguments.train == "lora":
+        names += ["quantize", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"]
+    settings = {name: getattr(arguments, name) for name in names}
+    settings |= {name: getattr(encoder, name) for name in ("hd_num", "max_length", "too_long", "layout")}
+    settings["packing"] = data.packing
+    values = {name: getattr(training, name) for name in _SETTINGS}
+    settings |= {name: getattr(value, "value", value) for name, value in values.items()}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def main() -> None:
+    logging.set_verbosity_warning()
+    try:
+        trainer = train(*parse_arguments())
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    if trainer.is_world_process_zero():
+        print(f"written to {Path(trainer.args.output_dir) / FINAL}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""transformers' `Trainer`, fitted to this model's checkpoints, batches and parts."""
+
+import re
+from pathlib import Path
+
+import torch
+from internlm_xcomposer2.modeling_internlm_xcomposer2 import PUBLISHED_KEYS
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from .arguments import TrainArguments
+from .freezing import part_of
+
+_INDEX = "model.safetensors.index.json"
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+class FinetuneTrainer(Trainer):
+    """A `Trainer` that trains in one inference mode and reads its own checkpoints back.
+
+    Args:
+        infer_mode: `"base"`, `"write"` or `"web"`, for every batch.
+        kwargs: those of `Trainer`.
+    """
+
+    args: TrainArguments
+
+    def __init__(self, *, infer_mode: str = "base", **kwargs) -> None:
+        use_cache = kwargs["model"].config.use_cache
+        super().__init__(**kwargs)
+        self.model.config.use_cache = use_cache  # `Trainer` turns it off, in checkpoints too
+        self.infer_mode = infer_mode
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        return {**super()._prepare_inputs(inputs), "infer_mode": self.infer_mode}
+
+    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
+        """As the base class.
+
+        Raises:
+            RuntimeError: the device's memory doesn't suffice; says what takes less.
+        """
+        shape = tuple(inputs["input_ids"].shape)
+        num_tiles = len(inputs["pixel_values"]) if inputs.get("pixel_values") is not None else 0
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if self.args.auto_find_batch_size or not _OUT_OF_MEMORY.search(str(error)):
+                raise
+            raise RuntimeError(memory_advice(shape, num_tiles, self.args)) from error
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """As the base class, with a learning rate of its own for the tower."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and self.args.vit_learning_rate is not None:
+            model = args[0] if args else kwargs.get("model") or self.model
+            tower = {id(w) for name, w in model.named_parameters() if part_of(name) == "tower"}
+            split_groups(optimizer, tower, self.args.vit_learning_rate)
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and hasattr(dataset, "lengths"):
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedSampler(size, dataset=dataset, lengths=dataset.lengths)
+        return super()._get_train_sampler(train_dataset)
+
+    # ---- checkpoints: written in the published layout, whose names `Trainer` can't read back ----
+
+    @property
+    def _reads_whole_models(self) -> bool:
+        """Whether a checkpoint is one whole model, and not an adapter or the shares of several processes."""
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(self.model, "peft_config"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._reads_whole_models:
+            load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._reads_whole_models:
+            load_weights(self.model, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+
+def load_weights(model: nn.Module, directory: Path) -> None:
+    """Load a checkpoint in the published layout into a model in place.
+
+    Raises:
+        FileNotFoundError: the directory holds no weights.
+        ValueError: the weights are another model's.
+    """
+    paths = sorted(directory.glob("model*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"{directory} holds no model*.safetensors")
+    missing = set(model.state_dict())
+    for path in paths:
+        weights = {our_name(name): value for name, value in load_file(path).items()}
+        try:
+            unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+        except RuntimeError as error:
+            raise ValueError(f"{path} doesn't fit the model: {error}") from error
+        if unknown:
+            raise ValueError(f"{path} doesn't fit the model: it has no {', '.join(unknown[:8])}")
+        missing -= weights.keys()
+    if missing:
+        raise ValueError(f"{directory} lacks {len(missing)} weights: {', '.join(sorted(missing)[:8])}")
+
+
+def our_name(name: str) -> str:
+    """Published name of a weight -> its name in the model."""
+    for published, ours in PUBLISHED_KEYS.items():
+        name = re.sub(published, ours, name)
+    return name
+
+
+def split_groups(optimizer: torch.optim.Optimizer, chosen: set[int], learning_rate: float) -> None:
+    """Give the weights with these ids groups of their own, with this learning rate."""
+    for group in list(optimizer.param_groups):
+        picked = [weight for weight in group["params"] if id(weight) in chosen]
+        if not picked:
+            continue
+        group["params"] = [weight for weight in group["params"] if id(weight) not in chosen]
+        optimizer.add_param_group({**group, "params": picked, "lr": learning_rate})
+
+
+def memory_advice(shape: tuple[int, ...], num_tiles: int, args: TrainArguments) -> str:
+    """What to change when the memory of a device doesn't suffice for a batch, the cheapest first."""
+    size = args.per_device_train_batch_size
+    steps = []
+    if size > 1:
+        steps.append(
+            f"--per_device_train_batch_size 1 with --gradient_accumulation_steps "
+            f"{size * args.gradient_accumulation_steps} (now {size} and {args.gradient_accumulation_steps})"
+        )
+    if not args.gradient_checkpointing:
+        steps.append("--gradient_checkpointing True")
+    if not (args.bf16 or args.fp16):
+        steps.append("--bf16 True")
+    steps.append(f"a smaller --max_length (this batch is {shape[0]} x {shape[1]} tokens)")
+    if num_tiles:
+        steps.append(f"a smaller --hd_num (this batch has {num_tiles} tiles)")
+    steps.append("--train lora, with --quantize nf4 for the least memory")
+    steps.append("several devices by finetune/configs/fsdp2.yaml")
+    return "out of memory in a training step; in this order, try " + "; ".join(steps)
