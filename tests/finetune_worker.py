@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from finetune_helpers import losses, run
 from helpers import picture_inputs, tiny_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from finetune.arguments import ModelArguments
@@ -36,8 +37,8 @@ def shard(model, **settings):
     return fully_shard(model, **settings)
 
 
-def sharded_step() -> dict:
-    """Loss and gradients of a model that is shared out, each rank with a batch of its own kind."""
+def sharded_step(target: Path) -> dict:
+    """Loss and gradients of a model that is shared out and saved, each rank with a batch of its own kind."""
     model = tiny_model("2.5", plora_dropout=0.0).train()
     freeze(model, ModelArguments("", fix_vit=False))
     batch = batches(model)[dist.get_rank()]
@@ -51,6 +52,10 @@ def sharded_step() -> dict:
     }
     with torch.no_grad():
         evaluated = model.eval()(**batch).loss
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True)
+    whole = get_model_state_dict(model, options=options)  # as accelerate puts it together
+    if dist.get_rank() == 0:
+        model.save_pretrained(target, state_dict=whole)
     return {"loss": loss.item(), "eval_loss": evaluated.item(), "gradients": gradients, "calls": len(calls)}
 
 
@@ -79,7 +84,7 @@ def main(job: dict, out: Path) -> None:
     results = {}
     for name, flags in job["runs"].items():
         results[name] = losses(run(base, rows, out / name, *flags))
-    results["sharded"] = sharded_step()
+    results["sharded"] = sharded_step(out / "whole")
     results["sharded lora"] = sharded_lora()
     torch.save(results, out / f"{os.environ['RANK']}.pt")
     dist.destroy_process_group()

@@ -74,6 +74,11 @@ def test_two_processes_train_what_one_does(folder, ranks, name):
         assert differing < 0.01 * sum(value.numel() for value in one.values())
 
 
+def test_a_shared_out_model_is_saved_whole(folder, ranks):
+    saved, expected = weights_of(folder / "two" / "whole"), tiny_model("2.5").state_dict()
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[key], expected[key]) for key in saved)
+
+
 def test_shared_out_weights_get_the_gradients_of_whole_ones(ranks):
     """FSDP2 on gloo: ten tiles in one process, no picture in the other, the tower called once in each."""
     model = tiny_model("2.5", plora_dropout=0.0).train()
