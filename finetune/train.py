@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Processor
 from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import checkpoint_config
+from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, HfArgumentParser, PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from .arguments import FINAL, DataArguments, ModelArguments, TrainArguments, check_arguments
 from .card import Facts, card_text
 from .dataset import Collator, ConversationDataset, RowEncoder
-from .freezing import count_trained, freeze, hold_trained_in_float32
+from .freezing import freeze, hold_trained_in_float32
 from .lora import add_lora, import_peft, quantization, target_modules
 from .packing import PackedDataset
 from .rows import read_data
@@ -68,32 +69,26 @@ def train(model_arguments: ModelArguments, data: DataArguments, training: TrainA
     if model_arguments.train == "lora":
         import_peft()
         target_modules(model_arguments.lora_target_modules)
-    processor = InternLMXComposer2Processor.from_pretrained(model_arguments.model_name_or_path)
-    config = checkpoint_config(model_arguments.model_name_or_path)
-    rows = {name: _rows(paths, data, training.seed) for name, paths in _files(data, training).items()}
-    datasets = {name: _dataset(found, processor, data, config) for name, found in rows.items() if found}
-    settings = _settings(model_arguments, data, datasets["train"].encoder, training)
-    if data.packing:
-        datasets["train"] = PackedDataset(datasets["train"], config)
+    source = model_arguments.model_name_or_path
+    processor = InternLMXComposer2Processor.from_pretrained(source)
+    datasets = read_datasets(processor, checkpoint_config(source), data, training)
     set_seed(training.seed)
     model = load_model(model_arguments, training)
     trainer = build_trainer(model, processor, datasets, model_arguments, training)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
-    card = card_text(
-        Facts(
-            base=model_arguments.model_name_or_path,
-            is_adapter=model_arguments.train == "lora",
-            data=_count(rows["train"]),
-            eval_data=_count(rows["eval"]),
-            num_trained=trainer.num_trained,
-            num_weights=trainer.num_weights,
-            settings=settings,
-            history=trainer.state.log_history,
-            seconds=time.monotonic() - started,
-        )
+    facts = Facts(
+        base=source,
+        is_adapter=model_arguments.train == "lora",
+        data=_count(datasets["train"]),
+        eval_data=_count(datasets.get("eval")),
+        num_trained=trainer.num_trained,
+        num_weights=trainer.num_weights,
+        settings=_settings(model_arguments, data, _rows_of(datasets["train"]).encoder, training),
+        history=trainer.state.log_history,
+        seconds=time.monotonic() - started,
     )
-    save_trained(trainer, processor.tokenizer, card, Path(training.output_dir) / FINAL)
+    save_trained(trainer, processor.tokenizer, card_text(facts), Path(training.output_dir) / FINAL)
     return trainer
 
 
@@ -124,24 +119,36 @@ def checkpoint_to_resume(training: TrainArguments) -> str | None:
 # ---- data ----
 
 
-def _files(data: DataArguments, training: TrainArguments) -> dict[str, list[str]]:
-    return {"train": data.data_path, "eval": training.eval_data}
+def read_datasets(processor, config, data: DataArguments, training: TrainArguments) -> dict[str, Dataset]:
+    """The datasets `train` and, where `--eval_data` names one, `eval`.
 
-
-def _rows(paths: Sequence[str], data: DataArguments, seed: int) -> list:
-    return read_data(paths, data.media_root, data.ignore_keys, seed)
-
-
-def _dataset(rows: list, processor, data: DataArguments, config) -> ConversationDataset:
+    Raises:
+        FileNotFoundError: a file isn't there.
+        ValueError: a file or a row is bad; says which and why.
+    """
     max_length = config.max_length if data.max_length is None else data.max_length
-    dataset = ConversationDataset(rows, processor, max_length, data.layout, data.hd_num, data.too_long)
-    if data.check_data:
-        _ = dataset.lengths  # names the first bad row
-    return dataset
+    datasets = {}
+    for name, paths in (("train", data.data_path), ("eval", training.eval_data)):
+        if not paths:
+            continue
+        rows = read_data(paths, data.media_root, data.ignore_keys, training.seed)
+        datasets[name] = ConversationDataset(
+            rows, processor, max_length, data.layout, data.hd_num, data.too_long
+        )
+        if data.check_data:
+            _ = datasets[name].lengths  # names the first bad row
+    if data.packing:
+        datasets["train"] = PackedDataset(datasets["train"], config)
+    return datasets
 
 
-def _count(rows: list) -> dict[str, int]:
-    return dict(Counter(str(row.source) for row in rows))
+def _rows_of(dataset: Dataset) -> ConversationDataset:
+    return dataset.dataset if isinstance(dataset, PackedDataset) else dataset
+
+
+def _count(dataset: Dataset | None) -> dict[str, int]:
+    """How many rows come from each file."""
+    return dict(Counter(str(row.source) for row in _rows_of(dataset).rows)) if dataset is not None else {}
 
 
 # ---- model ----
@@ -189,7 +196,6 @@ def build_trainer(
     callbacks = []
     if training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
-    num_trained, num_weights = count_trained(model)
     trainer = FinetuneTrainer(
         infer_mode=arguments.infer_mode,
         model=model,
@@ -199,11 +205,9 @@ def build_trainer(
         eval_dataset=datasets.get("eval"),
         callbacks=callbacks,
     )
-    trainer.num_trained, trainer.num_weights = num_trained, num_weights
     if trainer.is_world_process_zero():
-        print(
-            f"training {num_trained:,} of {num_weights:,} weights ({100 * num_trained / num_weights:.2f} %)"
-        )
+        share = 100 * trainer.num_trained / trainer.num_weights
+        print(f"training {trainer.num_trained:,} of {trainer.num_weights:,} weights ({share:.2f} %)")
     return trainer
 
 

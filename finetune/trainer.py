@@ -11,7 +11,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .arguments import TrainArguments
-from .freezing import part_of
+from .freezing import count_trained, part_of
 
 _INDEX = "model.safetensors.index.json"
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
@@ -23,12 +23,16 @@ class FinetuneTrainer(Trainer):
     Args:
         infer_mode: `"base"`, `"write"` or `"web"`, for every batch.
         kwargs: those of `Trainer`.
+
+    Attributes:
+        num_trained, num_weights: how many numbers train, and how many there are.
     """
 
     args: TrainArguments
 
     def __init__(self, *, infer_mode: str = "base", **kwargs) -> None:
         use_cache = kwargs["model"].config.use_cache
+        self.num_trained, self.num_weights = count_trained(kwargs["model"])
         super().__init__(**kwargs)
         self.model.config.use_cache = use_cache  # `Trainer` turns it off, in checkpoints too
         self.infer_mode = infer_mode

@@ -17,6 +17,8 @@ from finetune.train import parse_arguments, train  # noqa: E402
 TASKS = {"sft": 4, "dpo": 4, "web": 8}
 # Widths that bitsandbytes quantises.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1}
+FAST = ("--learning_rate", "0.01", "--lr_scheduler_type", "constant")
+LORA = ("--train", "lora", "--lora_r", "4", "--lora_alpha", "8")
 ALWAYS = ("--use_cpu", "True", "--logging_steps", "1", "--report_to", "none", "--max_steps", "4")
 
 

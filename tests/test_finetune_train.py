@@ -1,29 +1,32 @@
-"""What trains and what doesn't, LoRA and merging, resuming, the card, and what is refused."""
+"""What trains and what doesn't, losses, resuming, evaluation, the card, and what is refused."""
 
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from finetune_helpers import TASKS, losses, parse_arguments, run, weights_of, write_base, write_rows
-from helpers import ROOT, picture_inputs, tiny_model
+from finetune_helpers import (
+    FAST,
+    LORA,
+    TASKS,
+    losses,
+    parse_arguments,
+    run,
+    weights_of,
+    write_base,
+    write_rows,
+)
+from helpers import picture_inputs, tiny_model
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from finetune import train as training
-from finetune.arguments import LORA_TARGETS, ModelArguments
+from finetune.arguments import ModelArguments
 from finetune.card import Facts, card_text
-from finetune.freezing import count_trained, freeze, part_of, trained_parts
-from finetune.lora import add_lora, load_adapter, target_modules
-from finetune.merge import merge
+from finetune.freezing import freeze, part_of, trained_parts
 from finetune.trainer import load_weights
-
-FAST = ("--learning_rate", "0.01", "--lr_scheduler_type", "constant")
-LORA = ("--train", "lora", "--lora_r", "4", "--lora_alpha", "8")
 
 
 @pytest.fixture(scope="module")
@@ -34,23 +37,6 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("rows"))
-
-
-@pytest.fixture(scope="module")
-def adapter(base, rows, tmp_path_factory):
-    """A LoRA adapter that changes what the model says, the projector in it."""
-    output = tmp_path_factory.mktemp("adapter")
-    run(base, rows, output, *LORA, *FAST, "--fix_sampler", "False")
-    return output / "final"
-
-
-def model_of(base):
-    return InternLMXComposer2ForCausalLM.from_pretrained(base, dtype="float32")
-
-
-@torch.no_grad()
-def logits_of(model):
-    return model(**picture_inputs(model, [(1, 2)])).logits
 
 
 # ---- what trains ----
@@ -205,120 +191,10 @@ def test_checkpoints_of_another_model_are_not_loaded(base, tmp_path):
     with pytest.raises(ValueError, match="doesn't fit the model"):
         load_weights(tiny_model("2.5"), base)
     weights = load_file(base / "model.safetensors")
-    removed = weights.popitem()[0]
+    del weights["plora_sub_GN"]
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="lacks 1 weights"):
-        load_weights(model_of(base), tmp_path)
-    assert removed
-
-
-# ---- LoRA ----
-
-
-def test_targets_are_accepted_under_their_published_names():
-    ours = [f"{name}.linear" for name in LORA_TARGETS]
-    assert target_modules(LORA_TARGETS) == target_modules(ours) == ours
-    assert target_modules(["wqkv", "attention.wqkv", "w2"]) == [
-        "attention.wqkv.linear",
-        "feed_forward.w2.linear",
-    ]
-    for names in (["output"], ["attention.wqkv.Plora_A"], []):
-        with pytest.raises(ValueError, match="takes some of attention.wqkv"):
-            target_modules(names)
-
-
-@pytest.mark.parametrize("fix_sampler", [True, False])
-def test_lora_trains_nothing_that_is_merely_called_lora(fix_sampler):
-    model = tiny_model("2.5", task_adapters=TASKS)
-    arguments = ModelArguments("", use_lora=True, fix_sampler=fix_sampler, lora_r=2)
-    assert arguments.train == "lora"
-    freeze(model, arguments)
-    wrapped = add_lora(model, arguments)
-    trained = {name for name, weight in wrapped.named_parameters() if weight.requires_grad}
-    lora = {name for name in trained if re.search(r"\.(wqkv|wo|w[123])\.linear\.lora_[AB]\.default\.", name)}
-    assert len(lora) == 2 * 5 * 2
-    assert {name for name in trained - lora if "vision_proj.modules_to_save" not in name} == set()
-    assert len(trained - lora) == (0 if fix_sampler else 4)
-    assert count_trained(wrapped)[0] == sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-
-
-def test_merging_is_exact_and_leaves_a_complete_checkpoint(base, adapter, tmp_path):
-    wrapped = load_adapter(model_of(base), adapter)
-    expected, before = logits_of(wrapped.base_model.model), logits_of(model_of(base))
-    assert (expected - before).abs().max() > 0.1
-    merge(adapter, tmp_path / "merged", dtype="float32")
-    merged = model_of(tmp_path / "merged")
-    torch.testing.assert_close(logits_of(merged), expected, rtol=0, atol=1e-5)
-    base_names = load_file(base / "model.safetensors").keys()
-    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == base_names
-    assert not list(tmp_path.glob("*.partial"))
-    card = (tmp_path / "merged" / "README.md").read_text()
-    assert "library_name: transformers" in card and "| lora_r | 4 |" in card and "peft" not in card
-
-
-def test_an_adapter_of_the_published_training_merges_to_the_same(base, adapter, tmp_path):
-    published = shutil.copytree(adapter, tmp_path / "published")
-    config = json.loads((published / "adapter_config.json").read_text())
-    config["target_modules"] = list(LORA_TARGETS)
-    (published / "adapter_config.json").write_text(json.dumps(config))
-    weights = load_file(published / "adapter_model.safetensors")
-    renamed = {name.replace(".linear.lora_", ".lora_"): value for name, value in weights.items()}
-    assert renamed.keys() != weights.keys()
-    save_file(renamed, published / "adapter_model.safetensors")
-    one = load_adapter(model_of(base), adapter).merge_and_unload().state_dict()
-    other = load_adapter(model_of(base), published).merge_and_unload().state_dict()
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_what_can_not_be_merged_is_named(base, adapter, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
-        merge(tmp_path, tmp_path / "out")
-    with pytest.raises(FileExistsError, match="is there already"):
-        merge(adapter, tmp_path)
-    smaller = write_base(tmp_path / "smaller", hidden_size=32)
-    with pytest.raises(ValueError, match="doesn't fit this model"):
-        merge(adapter, tmp_path / "out", base=str(smaller))
-    broken = shutil.copytree(adapter, tmp_path / "broken")
-    weights = load_file(broken / "adapter_model.safetensors")
-    weights.pop(next(name for name in weights if "lora_A" in name))
-    save_file(weights, broken / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="1 are missing"):
-        merge(broken, tmp_path / "out")
-    config = json.loads((broken / "adapter_config.json").read_text())
-    (broken / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="name it with --base"):
-        merge(broken, tmp_path / "out")
-    monkeypatch.setattr("finetune.saving.describe_checkpoint", lambda _: pytest.fail("no room"))
-    with pytest.raises(BaseException, match="no room"):
-        merge(adapter, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"smaller", "broken"}
-
-
-def test_a_quantised_base_trains_an_adapter_for_the_whole_one(base, rows, tmp_path):
-    flags = (*LORA, *FAST, "--quantize", "nf4", "--fix_sampler", "False")
-    trainer = run(base, rows, tmp_path, *flags, "--bf16", "True", "--max_steps", "8")
-    found = losses(trainer)
-    assert sum(found[4:]) < sum(found[:4])
-    types = {
-        weight.requires_grad: weight.dtype
-        for weight in trainer.model.parameters()
-        if weight.is_floating_point()
-    }
-    assert types == {True: torch.float32, False: torch.bfloat16}
-    linear = trainer.model.base_model.model.model.layers[0].feed_forward.w1.linear.base_layer
-    assert linear.weight.dtype == torch.uint8 and linear.weight.quant_type == "nf4"
-    merge(tmp_path / "final", tmp_path / "merged", dtype="float32")
-    before, after = weights_of(base), weights_of(tmp_path / "merged")
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    expected = {name for name in before if name.endswith(".linear.weight") or name.startswith("vision_proj")}
-    assert changed == expected
-
-
-def test_peft_is_asked_for_where_it_is_missing(base, rows, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.setattr(training, "load_model", lambda *_: pytest.fail("the model was loaded"))
-    with pytest.raises(ImportError, match=r"pip install '.\[finetune\]'"):
-        run(base, rows, tmp_path, *LORA)
+    with pytest.raises(ValueError, match="lacks 1 weights: plora_sub_GN"):
+        load_weights(InternLMXComposer2ForCausalLM.from_pretrained(base), tmp_path)
 
 
 # ---- along the way ----
@@ -485,6 +361,9 @@ def test_bad_rows_are_named_before_the_model_is_loaded(base, rows, tmp_path, mon
     monkeypatch.setattr(training, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=r"bad.json, row 3.*nowhere.png"):
         run(base, bad, tmp_path)
+    bad.write_text("[]")
+    with pytest.raises(ValueError, match="no rows"):
+        run(base, bad, tmp_path)
 
 
 def test_arguments_come_from_a_file_too(base, rows, tmp_path):
@@ -497,58 +376,3 @@ def test_arguments_come_from_a_file_too(base, rows, tmp_path):
         assert model.train == "lora" and model.fix_vit and model.fix_sampler
         assert data.data_path == [str(rows)] and settings.report_to == ["tensorboard"]
         assert trained_parts(model) == set()
-
-
-# ---- the commands ----
-
-COMMANDS = """
-import runpy, sys
-for module, *arguments in {calls!r}:
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__")
-"""
-FRESH = """
-import sys, torch
-from transformers import AutoModel, AutoTokenizer
-assert "internlm_xcomposer2" not in sys.modules
-model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
-print("type", type(model).__module__.split(".")[0], model.dtype)
-print("answer", model.chat(tokenizer, "What shape is the object?", sys.argv[2], do_sample=False)[0])
-"""
-
-
-def test_nano_learns_an_answer_by_the_commands(tmp_path):
-    """From data to a merged checkpoint that loads without this package."""
-    picture = str(ROOT / "examples" / "star.png")
-    turns = [
-        {"from": "user", "value": "What shape is the object?"},
-        {"from": "assistant", "value": "circle"},
-    ]
-    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns, "image": picture}] * 4))
-    flags = "--train lora --lora_r 8 --lora_alpha 16 --learning_rate 0.01 --max_steps 8 --use_cpu True"
-    data = ["--model_name_or_path", str(ROOT), "--data_path", str(tmp_path / "rows.json")]
-    calls = [
-        ["finetune.train", *data, *flags.split(), "--output_dir", str(tmp_path / "run")],
-        ["finetune.merge", str(tmp_path / "run" / "final"), str(tmp_path / "merged")],
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS.format(calls=calls)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "written to" in done.stdout and "weights (" in done.stdout
-    fresh = subprocess.run(
-        [sys.executable, "-I", "-c", FRESH, str(tmp_path / "merged"), picture],
-        cwd=tmp_path,
-        env={"HF_HOME": str(tmp_path / "home"), "PATH": "", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert fresh.returncode == 0, fresh.stderr[-3000:]
-    assert "type transformers_modules torch.float16" in fresh.stdout
-    assert "answer circle\n" in fresh.stdout
