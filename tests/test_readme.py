@@ -18,6 +18,8 @@ from internlm_xcomposer2.visual_internlm_xcomposer2 import Visual
 from PIL import Image
 
 READMES = ("README.md", "README_CN.md")
+PAIRS = (READMES, ("finetune/README.md", "finetune/README_CN.md"))
+ALL_READMES = [name for pair in PAIRS for name in pair]
 BLOCK = re.compile(r"(?:<!-- ([^\n]*) -->\n)?```(\w*)\n(.*?)```\n", re.DOTALL)
 SIZES = ((640, 480), (1920, 1080), (3840, 2160))  # width, height
 NUM_ANSWER_TOKENS = 4  # of the methods that write, whose answers here are noise
@@ -172,32 +174,43 @@ def test_sizes_in_the_text_are_those_of_the_weights():
 # ---- both languages ----
 
 
-def test_both_languages_have_the_same_blocks_and_head():
-    english, chinese = map(blocks_of, READMES)
-    assert english == chinese
+@pytest.mark.parametrize("pair", PAIRS, ids=["root", "finetune"])
+def test_both_languages_have_the_same_blocks(pair):
+    english, chinese = map(blocks_of, pair)
+    assert english and english == chinese
+
+
+def test_both_languages_have_the_same_head():
     heads = [text_of(name).split("\n---\n")[0] for name in READMES]
     assert heads[0] == heads[1]
 
 
-@pytest.mark.parametrize("mark", ["checkpoints", "nano-table"])
-def test_both_languages_have_the_same_numbers(mark):
-    numbers = [
-        [re.findall(r"\d[\d.]*", " ".join(row[1:])) for row in rows_of(name, mark)] for name in READMES
-    ]
+TABLES = [
+    (READMES, "checkpoints"),
+    (READMES, "nano-table"),
+    (PAIRS[1], "example-table"),
+    (PAIRS[1], "memory"),
+]
+
+
+@pytest.mark.parametrize(("pair", "mark"), TABLES, ids=[mark for _, mark in TABLES])
+def test_both_languages_have_the_same_numbers(pair, mark):
+    numbers = [[re.findall(r"\d[\d.]*", " ".join(row[1:])) for row in rows_of(name, mark)] for name in pair]
     assert numbers[0] == numbers[1]
-    names = [[re.findall(r"`[^`]+`", row[0]) for row in rows_of(name, mark)] for name in READMES]
+    names = [[re.findall(r"`[^`]+`", row[0]) for row in rows_of(name, mark)] for name in pair]
     assert names[0] == names[1]
 
 
-def test_both_languages_have_the_same_sections():
-    levels = [re.findall(r"^#+(?= )", BLOCK.sub("", text_of(name)), re.MULTILINE) for name in READMES]
+@pytest.mark.parametrize("pair", PAIRS, ids=["root", "finetune"])
+def test_both_languages_have_the_same_sections(pair):
+    levels = [re.findall(r"^#+(?= )", BLOCK.sub("", text_of(name)), re.MULTILINE) for name in pair]
     assert levels[0] == levels[1]
 
 
 # ---- what they name ----
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", ALL_READMES)
 def test_links_lead_somewhere(name):
     text = BLOCK.sub("", text_of(name))
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
@@ -206,11 +219,11 @@ def test_links_lead_somewhere(name):
     assert links
     for link in links:
         path, _, anchor = link.partition("#")
-        assert not path or (ROOT / path).is_file(), link
+        assert not path or ((ROOT / name).parent / path).is_file(), link
         assert not anchor or anchor in anchors, link
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", ALL_READMES)
 def test_make_targets_and_scripts_exist(name):
     makefile = text_of("Makefile")
     commands = "\n".join(content for _, language, content in blocks_of(name) if not language)
@@ -218,5 +231,7 @@ def test_make_targets_and_scripts_exist(name):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for script in re.findall(r"^ *python ([\w/]+\.py)", text_of(name), re.MULTILINE):
         assert (ROOT / script).is_file(), script
+    for module in re.findall(r"-m (finetune\.\w+)", text_of(name)):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
     for extra in re.findall(r"'\.\[(\w+)\]'", text_of(name)):
         assert re.search(rf"^{extra} = ", text_of("pyproject.toml"), re.MULTILINE), extra

@@ -1,0 +1,120 @@
+"""The worked example: teach nano the article numbers of a catalogue, which it can't know.
+
+    python -m finetune.example draw --out runs/example
+    python -m finetune.example measure --model . --data runs/example/test.jsonl
+
+`draw` writes pictures and conversations to train on, to evaluate on and to test on; `measure` asks a
+checkpoint the questions of a file through `chat` and counts the answers that are exactly right. README.md
+beside this file has the commands between the two.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+from tools.nano.pictures import Picture, draw_object, random_thing
+from tools.nano.questions import COLOURS, SHAPES
+
+QUESTIONS = (
+    "What is the article number?",
+    "Which article is this?",
+    "Name the article number of the object.",
+)
+# A letter for the colour and a digit for the shape: a blue star is E4.
+LETTERS = dict(zip(COLOURS, "ABCDEFGH", strict=True))
+DIGITS = dict(zip(SHAPES, "123456", strict=True))
+# What training is given has other sizes and places than what it is measured on: even pixels, and odd ones.
+SPLITS = {"train": "train", "eval": "validation", "test": "held_back"}
+
+
+def draw_row(rng: random.Random, split: str) -> tuple[Picture, str, str]:
+    """A picture of one object, a question about it, and the answer."""
+    thing = random_thing(rng)
+    picture = draw_object(rng, split, thing)
+    return picture, rng.choice(QUESTIONS), LETTERS[thing.colour] + DIGITS[thing.shape]
+
+
+def draw(out: Path, counts: dict[str, int], seed: int = 0) -> None:
+    """Write `counts[name]` rows to `out/name.jsonl` for each name, with their pictures in `out/name/`.
+
+    Raises:
+        FileExistsError: `out` is there already.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; name another directory")
+    for name, count in counts.items():
+        (out / name).mkdir(parents=True)
+        rng = random.Random(f"{seed} {name}")
+        rows = [_write_row(out, name, number, rng) for number in range(count)]
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_row(out: Path, name: str, number: int, rng: random.Random) -> dict:
+    """Save a picture -> the row about it, in which its path is relative to `out`."""
+    picture, question, answer = draw_row(rng, SPLITS[name])
+    path = f"{name}/{number:04}.png"
+    picture.image.save(out / path)
+    content = [{"type": "image", "image": path}, {"type": "text", "text": question}]
+    return {
+        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}],
+    }
+
+
+def measure(checkpoint: str, data: Path, limit: int | None = None) -> tuple[int, int, list[str]]:
+    """Ask the questions of a file that `draw` wrote.
+
+    Returns:
+        How many answers are exactly right, how many rows there are, and the first few wrong answers.
+    """
+    from transformers import AutoModel, AutoTokenizer  # drawing needs neither it nor torch
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
+    rows = [json.loads(line) for line in data.read_text().splitlines()][:limit]
+    wrong = []
+    for row in rows:
+        asked, expected = row["messages"]
+        picture, question = asked["content"]
+        path = data.parent / picture["image"]
+        answer, _ = model.chat(tokenizer, question["text"], path, do_sample=False, max_new_tokens=12)
+        if answer != expected["content"]:
+            wrong.append(f"{path}: {answer} instead of {expected['content']}")
+    return len(rows) - len(wrong), len(rows), wrong[:3]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune.example", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    drawing = commands.add_parser("draw", help="pictures and conversations")
+    drawing.add_argument("--out", type=Path, required=True, help="a new directory")
+    drawing.add_argument("--train", type=int, default=960, help="rows to train on")
+    drawing.add_argument("--eval", type=int, default=48, help="rows to evaluate on during training")
+    drawing.add_argument("--test", type=int, default=200, help="rows to measure on")
+    drawing.add_argument("--seed", type=int, default=0)
+    measuring = commands.add_parser("measure", help="how many answers are right")
+    measuring.add_argument("--model", required=True, help="directory of a checkpoint")
+    measuring.add_argument("--data", type=Path, required=True, help="a file of the first command")
+    measuring.add_argument("--limit", type=int, help="rows at most")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    try:
+        if arguments.command == "draw":
+            draw(arguments.out, {name: getattr(arguments, name) for name in SPLITS}, arguments.seed)
+            return
+        right, count, wrong = measure(arguments.model, arguments.data, arguments.limit)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for line in wrong:
+        print(line)
+    print(f"{right} of {count} right ({100 * right / count:.1f} %)")
+
+
+if __name__ == "__main__":
+    main()

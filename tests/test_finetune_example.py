@@ -1,0 +1,70 @@
+"""The worked example of fine-tuning: the documented commands, with fewer rows and steps."""
+
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from finetune.example import LETTERS, draw  # noqa: E402
+
+# What each command gets besides what is documented; later flags win.
+SHORTER = {
+    "draw": ["--train", "480", "--eval", "8", "--test", "24"],
+    "finetune.train": ["--max_steps", "60", "--report_to", "none", "--disable_tqdm", "True"],
+}
+
+
+def documented_commands() -> list[list[str]]:
+    """The example's commands, without `python -m`."""
+    text = (ROOT / "finetune" / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- example -->\n```bash\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", " ")
+    commands = [shlex.split(line) for line in block.splitlines()]
+    assert all(command[:2] == ["python", "-m"] for command in commands)
+    return [command[2:] for command in commands]
+
+
+def shorter(command: list[str], folder: str) -> list[str]:
+    """The command with fewer rows or steps, writing into another folder."""
+    extra = [SHORTER[word] for word in command[:2] if word in SHORTER]
+    return [word.replace("runs/example", folder) for word in command] + sum(extra, [])
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_documented_commands_teach_nano_the_catalogue(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    modules, rights = [], []
+    for command in documented_commands():
+        module, *arguments = shorter(command, str(tmp_path / "example"))
+        modules.append(module)
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        capsys.readouterr()
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            assert not end.code
+        printed = capsys.readouterr().out
+        if found := re.search(r"(\d+) of 24 right", printed):
+            rights.append(int(found[1]))
+    names = ("example", "check_data", "example", "train", "merge", "example")
+    assert modules == [f"finetune.{name}" for name in names]
+    before, after = rights
+    assert before <= 2 and after >= 12, f"{before} before, {after} after"
+
+
+def test_drawn_rows_are_the_same_again_and_never_overwritten(tmp_path):
+    counts = {"train": 6, "test": 6}
+    draw(tmp_path / "a", counts)
+    draw(tmp_path / "b", counts)
+    for name in counts:
+        one, other = ((tmp_path / run / f"{name}.jsonl").read_text() for run in "ab")
+        assert one == other and len(one.splitlines()) == 6
+        assert len(list((tmp_path / "a" / name).glob("*.png"))) == 6
+    assert (tmp_path / "a/train/0000.png").read_bytes() == (tmp_path / "b/train/0000.png").read_bytes()
+    assert len(set(LETTERS.values())) == len(LETTERS)
+    with pytest.raises(FileExistsError, match="name another directory"):
+        draw(tmp_path / "a", counts)
