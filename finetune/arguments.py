@@ -5,6 +5,7 @@ from pathlib import Path
 
 from internlm_xcomposer2.configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE
 from transformers import TrainingArguments
+from transformers.integrations import is_tensorboard_available
 
 from .dataset import PROMPTS, TOO_LONG
 
@@ -173,6 +174,7 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: TrainA
         ValueError: an unknown value, or two that contradict each other.
         FileNotFoundError: a data file isn't there.
         FileExistsError: the output directory holds another run.
+        ImportError: TensorBoard is asked for and isn't installed.
     """
     _check_choices(model, data)
     _check_model(model, training)
@@ -226,6 +228,11 @@ def _check_model(model: ModelArguments, training: TrainArguments) -> None:
 
 
 def _check_training(training: TrainArguments) -> None:
+    if "tensorboard" in training.report_to and not is_tensorboard_available():
+        raise ImportError(
+            "--report_to tensorboard, the default, needs the package tensorboard; install it with "
+            "pip install '.[finetune]', or name another or none"
+        )
     if training.label_smoothing_factor:
         raise ValueError("--label_smoothing_factor isn't supported: the model computes its loss itself")
     if training.early_stopping_patience is not None:

@@ -16,7 +16,6 @@ from statistics import median
 
 from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import checkpoint_config
 from internlm_xcomposer2.processing_internlm_xcomposer2 import InternLMXComposer2Processor
-from internlm_xcomposer2.prompt_internlm_xcomposer2 import context_length
 from tqdm import tqdm
 
 from .dataset import PROMPTS, TOO_LONG, RowEncoder
@@ -163,7 +162,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--model", required=True, help="the checkpoint that is to be trained")
     add("--media-root", help="what relative paths of pictures are relative to, instead of each file's folder")
     add("--ignore-key", action="append", default=[], help="a key of rows that may be there and means nothing")
-    add("--max-length", type=int, help="tokens that a row may have; by default the model's context")
+    add("--max-length", type=int, help="tokens that a row may have; by default those that training takes")
     add("--layout", choices=PROMPTS, default="inference", help="as in training")
     add("--hd-num", type=int, help="local tiles of a picture; by default as in chat")
     add("--too-long", choices=TOO_LONG, default="error", help="whether longer rows are faults or are cut")
@@ -177,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command -> 0 if all rows are good, else 1."""
     args = parse_arguments(arguments)
     processor = InternLMXComposer2Processor.from_pretrained(args.model)
-    max_length = args.max_length or context_length(checkpoint_config(args.model))
+    max_length = args.max_length or checkpoint_config(args.model).max_length
     encoder = RowEncoder(processor, max_length, args.layout, args.hd_num, args.too_long)
     reports = check_data(
         args.data,

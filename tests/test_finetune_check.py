@@ -106,7 +106,7 @@ def test_the_command_as_json(data, capsys):
     assert set(report["files"][1]["tokens"]) == {"min", "median", "max", "total"}
 
 
-def test_the_command_runs_as_a_module_and_takes_the_context_as_the_limit(data, capsys, monkeypatch):
+def test_the_command_runs_as_a_module_and_takes_the_limit_of_training(data, capsys, monkeypatch):
     path = write_json(data / "more.json", [published_row(width=130, height=60)])
     ignored = ["--ignore-key", "width", "--ignore-key", "height"]
     monkeypatch.setattr(sys, "argv", ["check_data", "--model", str(ROOT), "--json", *ignored, str(path)])
@@ -114,5 +114,5 @@ def test_the_command_runs_as_a_module_and_takes_the_context_as_the_limit(data, c
     with pytest.raises(SystemExit) as done:
         runpy.run_module("finetune.check_data", run_name="__main__")
     assert done.value.code == 0
-    limit = read_json(ROOT / "config.json")["text_config"]["max_position_embeddings"]
+    limit = read_json(ROOT / "config.json")["max_length"]
     assert json.loads(capsys.readouterr().out)["max_length"] == limit
