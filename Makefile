@@ -28,8 +28,9 @@ test: $(TEST)
 
 nano: $(DEMO)
 	.venv/bin/python -m tools.nano.train dense --steps 1150 --batch 64 --out runs/dense
-	.venv/bin/python -m tools.nano.train joint --steps 3500 --tower runs/dense/last.pt --out runs/joint
-	.venv/bin/python -m tools.nano.train export --checkpoint runs/joint/best.pt --out .
+	.venv/bin/python -m tools.nano.train joint --steps 3500 --start runs/dense/last.pt --out runs/joint
+	.venv/bin/python -m tools.nano.train full --steps 3200 --muon-lr 0.012 --start runs/joint/best.pt --out runs/full
+	.venv/bin/python -m tools.nano.train export --checkpoint runs/full/best.pt --out .
 	.venv/bin/python evaluation/nano_accuracy.py $(ARGS)
 
 clean:

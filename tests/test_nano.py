@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -15,14 +16,29 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tools.nano import stages, train  # noqa: E402
-from tools.nano.dense import NAMES, grid_labels, mark_table, to_tile  # noqa: E402
+from tools.nano.dense import NAMES, grid_labels, mark_table  # noqa: E402
 from tools.nano.fonts import BUILT_IN, SPLITS, split_of  # noqa: E402
+from tools.nano.model import FIRST_LAYERS  # noqa: E402
 from tools.nano.pictures import TILE, draw_text  # noqa: E402
-from tools.nano.questions import ABILITIES, every_text  # noqa: E402
-from tools.nano.samples import draw_sample, segments  # noqa: E402
-from tools.nano.words import random_string, split_of_string  # noqa: E402
+from tools.nano.prompts import cut, make_prompt, tiles_of  # noqa: E402
+from tools.nano.questions import ABILITIES, FIRST_ABILITIES, every_text  # noqa: E402
+from tools.nano.samples import Drawer, Lessons, Sample  # noqa: E402
+from tools.nano.talk import PAGE, article, web_page  # noqa: E402
+from tools.nano.train_tokenizer import train as train_tokenizer  # noqa: E402
+from tools.nano.words import KINDS, WEIGHTS, random_string, split_of_string  # noqa: E402
 
 FAMILIES = [[BUILT_IN]]
+
+
+def draw(ability: str, split: str, rng: random.Random) -> Sample:
+    return Drawer(split, rng, FAMILIES).sample(ability)
+
+
+def images_of(sample: Sample) -> list | None:
+    """The sample's pictures as `chat` takes them."""
+    if sample.frames:
+        return [[frame.image for frame in sample.frames]]
+    return [picture.image for picture in sample.pictures] or None
 
 
 def arguments(folder: Path, **changes) -> argparse.Namespace:
@@ -34,9 +50,16 @@ def arguments(folder: Path, **changes) -> argparse.Namespace:
         "minutes": 1.0,
         "seed": 0,
         "fonts": None,
-        "tower": None,
+        "start": None,
+        "validation": 1,
     }
     return argparse.Namespace(**{**fixed, "validate_every": 100, "muon_lr": 0.02, "batch": 8, **changes})
+
+
+@pytest.fixture
+def built_in_font(monkeypatch):
+    """Training on Pillow's own font, the one that is on every machine."""
+    monkeypatch.setattr(stages, "find_fonts", lambda *_: FAMILIES)
 
 
 # ---- drawing ----
@@ -44,14 +67,14 @@ def arguments(folder: Path, **changes) -> argparse.Namespace:
 
 @pytest.mark.parametrize("ability", [*ABILITIES, "object"])
 def test_a_seed_draws_the_same_sample_again(ability):
-    first, second = (draw_sample(ability, "train", random.Random(7), FAMILIES) for _ in range(2))
+    first, second = (draw(ability, "train", random.Random(7)) for _ in range(2))
     assert first.turns == second.turns
-    for one, other in zip(first.pictures, second.pictures, strict=True):
+    for one, other in zip(first.pictures + first.frames, second.pictures + second.frames, strict=True):
         assert one.image.tobytes() == other.image.tobytes()
         assert one.marks == other.marks
 
 
-@pytest.mark.parametrize("kind", ["number", "word"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_string_of_two_characters_or_more_is_drawn_in_two_splits(kind):
     drawn = {}
     for split in SPLITS:
@@ -74,7 +97,7 @@ def test_relatives_of_held_back_fonts_are_held_back_too():
 def test_sizes_and_positions_of_objects_have_the_parity_of_their_split(split, parity):
     rng = random.Random(1)
     for _ in range(50):
-        (mark,) = draw_sample("shape", split, rng, FAMILIES).pictures[0].marks
+        (mark,) = draw("shape", split, rng).pictures[0].marks
         left, top, right, _ = mark.box
         assert {left % 2, top % 2, (right - left) % 2} == {parity}
 
@@ -82,14 +105,67 @@ def test_sizes_and_positions_of_objects_have_the_parity_of_their_split(split, pa
 def test_marks_lie_on_what_was_drawn():
     """Pixels under a character's mark differ from those of an empty picture; the labels name it."""
     picture = draw_text(random.Random(3), "train", "HX", FAMILIES)
-    tile, labels = to_tile(picture)
-    assert tile.shape == (TILE, TILE, 3)
+    (labels,) = cut(picture).labels
     assert {NAMES[label] for label in np.unique(labels[0])} == {"", "H", "X"}
     pixels = np.asarray(picture.image.convert("L"), int)
     for mark in picture.marks:
         left, top, right, bottom = (int(edge) for edge in mark.box)
         inside = pixels[top:bottom, left:right]
         assert inside.max() - inside.min() > 60
+
+
+@pytest.mark.parametrize("ability", ["small", "way", "last"])
+def test_labels_of_several_tiles_lie_on_what_was_drawn(ability):
+    """Every tile's labelled points are those whose pixels stand out from the tile's background."""
+    rng = random.Random(11)
+    for _ in range(4):
+        sample = draw(ability, "train", rng)
+        (tiles,) = tiles_of(sample)
+        names = {mark.name for picture in sample.pictures + sample.frames for mark in picture.marks}
+        assert {NAMES[label] for label in np.unique(tiles.labels[:, 0])} <= {"", *names}
+        assert (tiles.labels[:, 0] > 0).any()
+        assert len(tiles.pixels) == 1 + tiles.grid[0] * tiles.grid[1] or tiles.grid == (1, 1)
+
+
+def test_a_receipt_adds_up():
+    rng = random.Random(5)
+    for _ in range(30):
+        sample = draw("total", "held_back", rng)
+        text = "".join(mark.name for mark in sample.pictures[0].marks)
+        ((_, total),) = sample.turns
+        *prices, printed = (int(number) for number in re.findall(r"[0-9]+", text))
+        assert printed == int(total) == sum(prices)
+        assert split_of_string(total) == "held_back"
+
+
+def test_the_most_objects_are_where_the_answer_says():
+    rng = random.Random(6)
+    for _ in range(20):
+        sample = draw("more", "validation", rng)
+        counts = [len(picture.marks) for picture in sample.pictures]
+        assert sample.turns[0][1] == f"picture {counts.index(max(counts)) + 1}"
+        assert counts.count(max(counts)) == 1
+
+
+def test_an_object_moves_the_way_the_answer_says():
+    rng = random.Random(7)
+    for _ in range(20):
+        sample = draw("way", "validation", rng)
+        boxes = [frame.marks[0].box for frame in sample.frames]
+        right, down = boxes[-1][0] - boxes[0][0], boxes[-1][1] - boxes[0][1]
+        way = ("right" if right > 0 else "left") if abs(right) > abs(down) else "down" if down > 0 else "up"
+        assert sample.turns[0][1] == way
+
+
+def test_pages_and_articles_hold_what_was_asked_for():
+    rng = random.Random(8)
+    for _ in range(20):
+        instruction, page = web_page("held_back", rng)
+        title = re.search("<title>(.*)</title>", page)[1]
+        assert title in instruction
+        assert page == PAGE.format(title=title, colour=re.search("background: (.*);", page)[1])
+        instruction, text = article("held_back", rng)
+        assert any(word in instruction for word in re.findall(r"\b[A-Z]+\b", text))
 
 
 def test_labels_of_a_tile_follow_its_corner():
@@ -101,24 +177,32 @@ def test_labels_of_a_tile_follow_its_corner():
     assert not grid_labels(marks, right + 1, top)[0].any()
 
 
-def test_training_prompts_are_those_of_chat():
-    """What the joint stage feeds the model is what `chat` would, token by token."""
-    tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
-    model = AutoModel.from_pretrained(ROOT, trust_remote_code=True)
+@pytest.mark.parametrize(
+    "ability", ["word", "total", "small", "which", "more", "way", "last", "talk", "follow-up"]
+)
+def test_training_prompts_are_those_of_chat(ability, nano):
+    """What the model is trained on is what `chat` would send, token by token, history and videos included."""
+    tokenizer, model = nano
     rng = random.Random(2)
-    for ability in ("word", "which"):
-        sample = draw_sample(ability, "held_back", rng, FAMILIES)  # one turn
-        ids = [tokenizer.bos_token_id]
-        for text, is_answer in segments(sample):
-            if text is None:
-                ids += [model.config.image_token_id] * model.num_image_tokens(1, 1)
-            elif not is_answer:
-                ids += tokenizer(text, add_special_tokens=False)["input_ids"]
-        images = [picture.image for picture in sample.pictures]
-        inputs = model.prepare_chat(tokenizer, sample.turns[0][0], images, 1, [], "")
-        assert inputs["input_ids"][0].tolist() == ids
-        tiles = [stages.normalise(to_tile(picture)[0][None])[0] for picture in sample.pictures]
-        torch.testing.assert_close(inputs["pixel_values"][1::2], torch.stack(tiles), rtol=0, atol=1e-4)
+    for _ in range(2):
+        sample = draw(ability, "held_back", rng)
+        tiles, images = tiles_of(sample), images_of(sample)
+        prompt = make_prompt(sample, tiles, tokenizer.sp_model, model.config.image_token_id)
+        for number, (question, _) in enumerate(sample.turns):
+            history = sample.turns[:number]
+            inputs = model.prepare_chat(tokenizer, question, images, sample.hd_num, history, "")
+            length = prompt.answers[number].start + 1
+            assert inputs["input_ids"][0].tolist() == prompt.ids[:length]
+            pixels = [
+                each.pixels if len(each.pixels) > 1 else each.pixels.repeat(2, 1, 1, 1) for each in tiles
+            ]
+            if pixels:
+                torch.testing.assert_close(inputs["pixel_values"], torch.cat(pixels), rtol=0, atol=1e-5)
+                assert inputs["image_grid_hw"].tolist() == [list(each.grid) for each in tiles]
+
+
+def test_the_tokenizer_can_be_made_again():
+    assert train_tokenizer(640) == (ROOT / "tokenizer.model").read_bytes()
 
 
 def test_the_tokenizer_knows_every_wording():
@@ -132,45 +216,70 @@ def test_the_tokenizer_knows_every_wording():
 # ---- training ----
 
 
-def test_the_quickened_model_computes_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "find_fonts", lambda *_: FAMILIES)
-    monkeypatch.setattr(stages, "draw_unseen", lambda _: [])
+def test_the_quickened_model_computes_the_same(tmp_path, built_in_font, monkeypatch):
+    monkeypatch.setattr(stages.JointStage, "draw_unseen", lambda *_: [])
     stage = stages.JointStage(arguments(tmp_path), random.Random(0))
     for name, parameter in stage.model.named_parameters():
         if "Plora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    plain = stages.InternLMXComposer2ForCausalLM(stage.model.config).eval()
+    plain = type(stage.model)(stage.model.config).eval()
     plain.load_state_dict(stage.model.state_dict())
-    sample = draw_sample("which", "train", random.Random(4), FAMILIES)
+    for ability in ("which", "small", "way", "talk"):
+        _, tiles, prompt = stage.case(draw(ability, "train", random.Random(4)))
+        with torch.no_grad():
+            features, _ = stage.encode([tiles])
+            loss, *_ = stage.answers_loss(features, [prompt])
+            expected = plain(**model_inputs(tiles, prompt)).loss
+        torch.testing.assert_close(loss[0], expected, rtol=0, atol=1e-4)
+
+
+def model_inputs(tiles: list, prompt) -> dict[str, torch.Tensor]:
+    """What `forward` takes, with labels on the first answer."""
+    ids, span = torch.tensor([prompt.ids]), prompt.answers[0]
+    labels = torch.full_like(ids, -100)
+    labels[0, span.start + 1 : span.stop + 1] = ids[0, span.start + 1 : span.stop + 1]
+    inputs = {"input_ids": ids, "labels": labels}
+    if tiles:
+        pixels = [each.pixels if len(each.pixels) > 1 else each.pixels.repeat(2, 1, 1, 1) for each in tiles]
+        inputs["pixel_values"] = torch.cat(pixels)
+        inputs["image_grid_hw"] = torch.tensor([each.grid for each in tiles])
+    return inputs
+
+
+def test_new_layers_change_nothing_at_first(tmp_path, built_in_font, monkeypatch):
+    for stage in (stages.JointStage, stages.FullStage):
+        monkeypatch.setattr(stage, "draw_unseen", lambda *_: [])
+    first = stages.JointStage(arguments(tmp_path), random.Random(0))
+    torch.save({"model": first.state_dict()}, tmp_path / "joint.pt")
+    full = stages.FullStage(arguments(tmp_path, start=tmp_path / "joint.pt"), random.Random(0))
+    assert len(full.model.model.layers) > FIRST_LAYERS == len(first.model.model.layers)
+    _, tiles, prompt = first.case(draw("which", "train", random.Random(4)))
     with torch.no_grad():
-        features, prompts, _ = stage.encode([sample])
-        loss, *_ = stage.answers_loss(features, prompts)
-        ids = torch.tensor([prompts[0].ids])
-        span = prompts[0].answers[0]
-        labels = torch.full_like(ids, -100)
-        labels[0, span.start + 1 : span.stop + 1] = ids[0, span.start + 1 : span.stop + 1]
-        tiles = stages.normalise(np.stack([to_tile(picture)[0] for picture in sample.pictures]))
-        pixels, grids = tiles.repeat_interleave(2, dim=0), torch.ones(2, 2, dtype=torch.long)
-        expected = plain(input_ids=ids, pixel_values=pixels, image_grid_hw=grids, labels=labels).loss
-    torch.testing.assert_close(loss[0], expected, rtol=0, atol=1e-4)
+        before, after = (stage.answers_loss(stage.encode([tiles])[0], [prompt])[0] for stage in (first, full))
+    torch.testing.assert_close(before, after)
 
 
-def test_a_few_steps_lower_the_loss_and_a_run_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "find_fonts", lambda *_: FAMILIES)
-    monkeypatch.setattr(stages, "draw_unseen", lambda _: _unseen())
+def test_a_few_steps_lower_the_loss_and_a_run_resumes(tmp_path, built_in_font, monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 4)
-    threads = torch.get_num_threads()
-    train.work(0, arguments(tmp_path, stage="joint", steps=16))
+    run(arguments(tmp_path, stage="full", steps=16))
     losses = [line["loss"] for line in _log(tmp_path) if "loss" in line]
     assert losses[-1] < losses[0] - 0.5
-    train.work(0, arguments(tmp_path, stage="joint", steps=17))
-    torch.set_num_threads(threads)
+    run(arguments(tmp_path, stage="full", steps=17))
     assert _log(tmp_path)[-1]["step"] == 17
 
 
-def _unseen() -> list:
-    rng = random.Random(0)
-    return [draw_sample(ability, "validation", rng, FAMILIES) for ability in ABILITIES]
+def test_a_short_run_learns_to_name_colours(tmp_path, built_in_font, monkeypatch):
+    """From scratch, in half a minute, far above the one in eight of chance."""
+    monkeypatch.setattr(stages.JointStage, "lessons", Lessons({"colour": 1.0}, WEIGHTS, several=False))
+    monkeypatch.setattr(stages.JointStage, "abilities", ("colour",))
+    run(arguments(tmp_path, stage="joint", steps=60, batch=32, validation=100))
+    assert _log(tmp_path)[-1]["colour"] > 0.5
+
+
+def run(arguments: argparse.Namespace) -> None:
+    threads = torch.get_num_threads()
+    train.work(0, arguments)
+    torch.set_num_threads(threads)
 
 
 def _log(folder: Path) -> list[dict]:
@@ -180,21 +289,25 @@ def _log(folder: Path) -> list[dict]:
 # ---- the checkpoint ----
 
 
-def test_the_checkpoint_answers_held_back_questions(tmp_path):
+@pytest.fixture(scope="module")
+def nano():
+    """Tokenizer and model of the checkpoint in the root."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
-    model = AutoModel.from_pretrained(ROOT, trust_remote_code=True).eval()
+    return tokenizer, AutoModel.from_pretrained(ROOT, trust_remote_code=True).eval()
+
+
+def test_the_checkpoint_answers_held_back_questions(nano):
+    tokenizer, model = nano
     right = []
-    for ability in ABILITIES:
+    for ability in FIRST_ABILITIES:
         rng = random.Random(f"test {ability}")
-        for number in range(7):
-            sample = draw_sample(ability, "held_back", rng, FAMILIES)
-            paths = [tmp_path / f"{ability}{number}_{place}.png" for place in range(len(sample.pictures))]
-            for path, picture in zip(paths, sample.pictures, strict=True):
-                picture.image.save(path)
+        for _ in range(7):
+            sample = draw(ability, "held_back", rng)
             question, answer = sample.turns[0]
-            right.append(
-                model.chat(tokenizer, question, paths, do_sample=False, max_new_tokens=12)[0] == answer
+            response, _ = model.chat(
+                tokenizer, question, images_of(sample), sample.hd_num, do_sample=False, max_new_tokens=40
             )
+            right.append(response == answer)
     assert np.mean(right) >= 0.9
 
 

@@ -44,25 +44,12 @@ def mark_table(picture: Picture, scale: float) -> np.ndarray:
         (
             *(edge * scale for edge in mark.box),
             NAMES.index(mark.name),
-            UNKNOWN if mark.name in SHAPES else mark.index,
+            UNKNOWN if mark.name in SHAPES or mark.index >= NUM_PLACES else mark.index,
             COLOURS.index(mark.colour) if mark.colour else UNKNOWN,
         )
         for mark in picture.marks
     ]
     return np.array(rows, np.float64).reshape(-1, 7)
-
-
-def to_tile(picture: Picture) -> tuple[np.ndarray, np.ndarray]:
-    """A picture as the model sees it, uint8 (112, 112, 3), and its labels (3, 16, 16)."""
-    width, height = picture.image.size
-    scale = TILE / max(width, height)
-    if width >= height:
-        size = (TILE, max(1, int(TILE / (width / height))))
-    else:
-        size = (max(1, int(TILE / (height / width))), TILE)
-    tile = Image.new("RGB", (TILE, TILE), "white")
-    tile.paste(picture.image.resize(size, Image.Resampling.BILINEAR), (0, 0))
-    return np.array(tile), grid_labels(mark_table(picture, scale), 0, 0)
 
 
 class Pages:

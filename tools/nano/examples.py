@@ -7,7 +7,6 @@ import argparse
 import random
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from .fonts import find_fonts
@@ -34,25 +33,27 @@ def draw_examples(seed: int) -> dict[str, Picture]:
     }
 
 
-def draw_video() -> list[np.ndarray]:
-    """Frames of a red circle that moves from left to right, (height, width, 3) uint8."""
+def draw_video() -> list[Image.Image]:
+    """Frames of a red circle that moves from left to right, of one size."""
     frames = []
     for number in range(FRAMES_PER_SECOND * SECONDS):
         image = Image.new("RGB", VIDEO_SIZE, "white")
         stamp(ImageDraw.Draw(image), random.Random(0), Thing("circle", "red"), 11 + 5 * number, 53, 71)
-        frames.append(np.asarray(image))
+        frames.append(image)
     return frames
 
 
-def write_video(path: Path, frames: list[np.ndarray]) -> None:
+def write_video(path: Path, frames: list[Image.Image], shown: int = 1) -> None:
+    """An MP4 file at ten frames per second; each frame is there `shown` times."""
     import av
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=FRAMES_PER_SECOND)
-        stream.width, stream.height = VIDEO_SIZE
+        stream.width, stream.height = frames[0].size
         stream.pix_fmt = "yuv420p"
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            for _ in range(shown):
+                container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
 
 

@@ -11,7 +11,7 @@ import math
 import random
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from .fonts import load_font
 from .questions import COLOURS, SHAPES
@@ -64,10 +64,16 @@ class Thing:
 class Sketch:
     """An empty picture of random size and background, and the parity of pixels that its split may use."""
 
-    def __init__(self, rng: random.Random, split: str, least: tuple[float, float] = (0, 0)):
-        """`least`: (height, width) in tile pixels that the picture must offer."""
+    def __init__(
+        self,
+        rng: random.Random,
+        split: str,
+        least: tuple[float, float] = (0, 0),
+        sides: tuple[int, int] = (TILE, 4 * TILE),
+    ):
+        """`least`: (height, width) in tile px that it must offer; `sides`: bounds of the longer one, px."""
         self.rng, self.parity = rng, 0 if split == "train" else 1
-        long_side = self.snap(math.exp(rng.uniform(math.log(TILE), math.log(4 * TILE))))
+        long_side = self.snap(math.exp(rng.uniform(*map(math.log, sides))))
         height, width = random_proportions(rng, least)
         self.scale = long_side / TILE
         self.height, self.width = (self.snap(max(8, part * self.scale)) for part in (height, width))
@@ -119,7 +125,7 @@ def light_colour(rng: random.Random) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=8)
-def noise_texture(strength: int, side: int = 512) -> Image.Image:
+def noise_texture(strength: int, side: int = 1024) -> Image.Image:
     """(side, side) RGB noise around mid-grey, the same at every call."""
     values = np.random.default_rng(strength).normal(128, strength, (side, side, 3))
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
@@ -165,9 +171,17 @@ def draw_text(rng: random.Random, split: str, text: str, families: list[list[str
     return Picture(sketch.image, write(sketch.pen, rng, text, font, x - left, y - top))
 
 
-def write(pen: ImageDraw.ImageDraw, rng: random.Random, text: str, font, x: float, y: float) -> list[Mark]:
-    """Writes `text` with its layout origin at (x, y); one mark for each character."""
-    fill, colour = ink(rng)
+def write(
+    pen: ImageDraw.ImageDraw,
+    rng: random.Random,
+    text: str,
+    font: ImageFont.FreeTypeFont,
+    x: float,
+    y: float,
+    inking: tuple[tuple[int, int, int], str | None] | None = None,
+) -> list[Mark]:
+    """Writes `text` with its layout origin at (x, y), in a random ink or `inking`; one mark a character."""
+    fill, colour = inking or ink(rng)
     pen.text((x, y), text, fill=fill, font=font)
     marks = []
     for index, character in enumerate(text):
@@ -290,7 +304,7 @@ def draw_page(rng: random.Random, families: list[list[str]], side: int = 3 * TIL
                 pixels = max(10, round(size * rng.uniform(0.6, 1.3)) // 2 * 2)
                 marks.append(stamp(pen, rng, random_thing(rng), x, y, pixels))
             else:
-                text = random_string(rng.choice(("number", "word", "word")), "train", rng)
+                text = random_string(rng.choice(("number", "word", "word", "code")), "train", rng)
                 marks += write(pen, rng, text, load_font(rng.choice(rng.choice(families)), size), x, y)
             x = (int(marks[-1].box[2]) + rng.randint(4, 16)) // 2 * 2
         y += round(size * rng.uniform(1.05, 1.4)) // 2 * 2

@@ -7,8 +7,32 @@ import random
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black")
-NUMBER_WORDS = ("one", "two", "three", "four", "five")
-ABILITIES = ("number", "word", "shape", "colour", "count", "which")
+NUMBER_WORDS = ("one", "two", "three", "four", "five", "six")
+WAYS = ("left", "right", "up", "down")
+PLACES = (
+    ("top left", "top", "top right"),
+    ("left", "centre", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
+FIRST_ABILITIES = ("number", "word", "shape", "colour", "count", "which")
+ABILITIES = (
+    "number",
+    "word",
+    "code",
+    "small",
+    "total",
+    "shape",
+    "colour",
+    "count",
+    "where",
+    "which",
+    "more",
+    "way",
+    "last",
+    "follow-up",
+    "caption",
+    "talk",
+)
 
 PLURALS = {name: name + ("es" if name == "cross" else "s") for name in SHAPES}
 
@@ -91,6 +115,75 @@ QUESTIONS = {
     ),
 }
 
+# What the tokenizer was not made for, and does not need to have been: it knows all characters.
+MORE_QUESTIONS = {
+    "total": (
+        "What is the total?",
+        "How much is the total?",
+        "Read the total.",
+        "What is the total on the receipt?",
+        "What does it cost altogether?",
+        "Which number stands beside TOTAL?",
+    ),
+    "price": ("How much is {name}?", "What does {name} cost?", "Which number stands beside {name}?"),
+    "where": (
+        "Where is the object?",
+        "Where is the {shape}?",
+        "Where in the picture is the {shape}?",
+        "In which part of the picture is the object?",
+        "What is the position of the object?",
+    ),
+    "caption": (
+        "Describe the picture in one sentence.",
+        "Write a caption for the picture.",
+        "Write a short caption.",
+        "Caption this image.",
+        "Describe this image in a sentence.",
+    ),
+    "more": (
+        "Which picture has the most objects?",
+        "Which picture shows the most objects?",
+        "In which picture are the most objects?",
+        "Where are the most objects?",
+    ),
+    "which_of_three": (
+        "Which picture shows the {thing}?",
+        "In which picture is the {thing}?",
+        "Which of the three pictures shows the {thing}?",
+        "Which image contains the {thing}?",
+    ),
+    "shape_of_all": (
+        "What shape are the objects?",
+        "Which shape do the objects have?",
+        "What shape are they?",
+    ),
+    "colour_of_all": (
+        "What colour are the objects?",
+        "What color are the objects?",
+        "What colour are they?",
+        "What color are they?",
+    ),
+    "colour_of_text": (
+        "What colour is the text?",
+        "What color is the text?",
+        "In which colour is it written?",
+    ),
+    "length": ("How many characters does it have?", "How many characters are there?", "How long is it?"),
+    "way": (
+        "Which way does the object move?",
+        "In which direction does the object move?",
+        "Which way does the {shape} move?",
+        "Where does the object go?",
+    ),
+    "last": (
+        "What number is in the last frame?",
+        "Which number do you see in the last frame?",
+        "Read the number in the last frame.",
+        "What is the last number?",
+        "Which number does the video end with?",
+    ),
+}
+
 ABOUT_ONE_OF_TWO = {
     "both": (
         "What is in picture {place}?",
@@ -103,35 +196,47 @@ ABOUT_ONE_OF_TWO = {
     ),
     "shape": ("What shape is the object in picture {place}?", "Which shape does picture {place} show?"),
 }
+COUNT_IN_ONE = ("How many objects are in picture {place}?", "How many objects does picture {place} show?")
 
-# With the question first, each picture is read with the thing asked for in mind.
-QUESTION_FIRST = (
-    "{question} Picture 1: {mark}; picture 2: {mark}",
-    "{question} Picture 1 {mark}; picture 2 {mark}",
-    "{question} Image1 {mark}; Image2 {mark}",
-    "{question}\nPicture 1: {mark}\nPicture 2: {mark}",
+# How several pictures are listed: the first, and each later one. With the question first, each picture is
+# read with the thing asked for in mind.
+PICTURE_LISTS = (
+    ("Picture 1: {mark}", "; picture {place}: {mark}"),
+    ("Picture 1 {mark}", "; picture {place} {mark}"),
+    ("Image1 {mark}", "; Image{place} {mark}"),
+    ("\nPicture 1: {mark}", "\nPicture {place}: {mark}"),
 )
-QUESTION_LAST = (
-    "Picture 1: {mark}; picture 2: {mark}; {question}",
-    "Picture 1 {mark}; picture 2 {mark}; {question}",
-)
+QUESTION_FIRST, QUESTION_LAST = PICTURE_LISTS, PICTURE_LISTS[:2]
 
 
 def ask(kind: str, rng: random.Random, **fields: str) -> str:
     """One wording of a question of `kind`, drawn with `rng`; `fields` fill the names in braces."""
-    return rng.choice(QUESTIONS[kind]).format(**fields)
+    wordings = QUESTIONS[kind] if kind in QUESTIONS else MORE_QUESTIONS[kind]
+    return rng.choice(wordings).format(**fields)
 
 
-def ask_about_one_of_two(kind: str, place: int, rng: random.Random) -> str:
-    """A question about picture `place` of two, counted from 1."""
-    return rng.choice(ABOUT_ONE_OF_TWO[kind]).format(place=place)
+def ask_about_one(kind: str, place: int, rng: random.Random) -> str:
+    """A question about picture `place` of several, counted from 1."""
+    wordings = COUNT_IN_ONE if kind == "count" else ABOUT_ONE_OF_TWO[kind]
+    return rng.choice(wordings).format(place=place)
 
 
-def frame_pair(question: str, mark: str, rng: random.Random, question_first: bool = True) -> str:
-    """`question` beside two pictures, each standing where `mark` (such as `<ImageHere>`) stands."""
-    return rng.choice(QUESTION_FIRST if question_first else QUESTION_LAST).format(
-        mark=mark, question=question
+def frame_pictures(
+    question: str, mark: str, rng: random.Random, count: int = 2, question_first: bool = True
+) -> str:
+    """`question` beside `count` pictures, each standing where `mark` (such as `<ImageHere>`) stands."""
+    return _frame(
+        rng.choice(QUESTION_FIRST if question_first else QUESTION_LAST), question, mark, count, question_first
     )
+
+
+def _frame(pieces: tuple[str, str], question: str, mark: str, count: int, question_first: bool) -> str:
+    first, later = pieces
+    pictures = first + "".join(later.format(place=place, mark="{mark}") for place in range(2, count + 1))
+    pictures = pictures.replace("{mark}", mark)
+    if not question_first:
+        return f"{pictures}; {question}"
+    return f"{question}{pictures}" if first.startswith("\n") else f"{question} {pictures}"
 
 
 def every_text() -> list[str]:
@@ -144,8 +249,9 @@ def every_text() -> list[str]:
     for wordings in QUESTIONS.values():
         for wording in wordings:
             texts += _fillings(wording, things)
-    for frame in QUESTION_FIRST + QUESTION_LAST:
-        texts += [frame.format(mark="", question=wording) for wording in QUESTIONS["which"]]
+    for question_first, lists in ((True, QUESTION_FIRST), (False, QUESTION_LAST)):
+        for pieces in lists:
+            texts += [_frame(pieces, wording, "", 2, question_first) for wording in QUESTIONS["which"]]
     return texts
 
 

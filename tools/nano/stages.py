@@ -1,92 +1,30 @@
-"""The two stages of training: what is learnt from a batch, and how well it is known."""
+"""The stages of training: what is learnt from a batch, and how well it is known."""
 
 import argparse
-import dataclasses
 import random
 from pathlib import Path
 
-import numpy as np
 import torch
-from internlm_xcomposer2.auto_internlm_xcomposer2 import CONFIG_AUTO_MAP
-from internlm_xcomposer2.configuration_internlm_xcomposer2 import InternLMXcomposer2Config
-from internlm_xcomposer2.modeling_internlm2 import apply_rotary
-from internlm_xcomposer2.modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from .dense import UNKNOWN, DenseHead, Pages, dense_loss, glyph_accuracy, to_tile
+from .asides import Asides, ids_of_names
+from .dense import DenseHead, Pages, dense_loss, glyph_accuracy
 from .fonts import find_fonts
-from .pictures import Picture
-from .questions import ABILITIES, COLOURS, SHAPES
-from .samples import END_OF_TURN, IMAGE_MARK, Sample, draw_sample, draw_training_sample, segments
+from .model import FIRST_LAYERS, LAYERS, TOWER, grow, new_model, quicken
+from .prompts import Prompt, Tiles, make_prompt, normalise, tiles_of
+from .questions import ABILITIES, FIRST_ABILITIES
+from .samples import FIRST_LESSONS, LESSONS, Drawer, Lessons, Sample
 
-TOWER = {
-    "hidden_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 512,
-    "image_size": 112,
-    "patch_size": 14,
-}
 DENSE_WEIGHT = 0.5  # of the dense loss beside that of the answers
-ORDER_LAYER, ASKED_LAYER = 2, 3  # after how many of the decoder's layers a picture's tokens have to know
-POINTER_LAYERS = (2, 3)
-PAIR_WEIGHT = 1.0  # of what the tokens of two pictures have to know
+ASIDE_WEIGHT = 1.0
 CHOICE_WEIGHT = 4.0  # "picture 1" is five ids of which one is a choice, so its mean says little
 MICRO_BATCH = 16  # tiles whose activations stay in a core's cache
-MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1) * 255
-DEVIATION = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1) * 255
-QUICK_GELU = 1.702
+READING = ("number", "word", "code")  # validated on twice as many samples
 
-
-class FusedQuickGELUMLP(nn.Module):
-    """The tower's MLP with its activation as one kernel: quick_gelu(x) = silu(1.702 x) / 1.702."""
-
-    def __init__(self, mlp: nn.Module):
-        super().__init__()
-        self.fc1, self.fc2 = mlp.fc1, mlp.fc2
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = functional.linear(x, self.fc1.weight * QUICK_GELU, self.fc1.bias * QUICK_GELU)
-        return functional.linear(functional.silu(x), self.fc2.weight / QUICK_GELU, self.fc2.bias)
-
-
-class MaskedPLoRA(nn.Module):
-    """The decoder's PLoRA without gathering rows: the low-rank product everywhere, zero off the pictures."""
-
-    def __init__(self, plora: nn.Module):
-        super().__init__()
-        self.linear, self.Plora_A, self.Plora_B = plora.linear, plora.Plora_A, plora.Plora_B
-
-    def forward(
-        self, x: Tensor, infer_mode: str = "base", image_rows: Tensor | slice | None = None
-    ) -> Tensor:
-        """(batch, tokens, in) -> (batch, tokens, out)"""
-        flat = x.flatten(0, 1)
-        mask = flat.new_zeros(len(flat), 1)
-        mask[image_rows] = 1.0
-        low_rank = self.Plora_A(flat) * mask
-        return torch.addmm(self.linear(flat), low_rank, self.Plora_B.weight.T).view(*x.shape[:2], -1)
-
-
-def quicken(model: nn.Module) -> None:
-    """Trades MLPs of the tower and low-rank linears for ones that compute the same in less time.
-
-    The names of all parameters stay as they were.
-    """
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if name == "mlp":
-                parent.mlp = FusedQuickGELUMLP(child)
-            elif hasattr(child, "Plora_A") and not isinstance(child, MaskedPLoRA):
-                setattr(parent, name, MaskedPLoRA(child))
-
-
-def normalise(tiles: np.ndarray | Tensor) -> Tensor:
-    """uint8 (tiles, 112, 112, 3) array -> normalised (tiles, 3, 112, 112)"""
-    return (torch.as_tensor(tiles).permute(0, 3, 1, 2).float() - MEAN) / DEVIATION
+Case = tuple[Sample, list[Tiles], Prompt]
 
 
 class DenseStage(nn.Module):
@@ -132,82 +70,77 @@ class DenseStage(nn.Module):
         return {"loss": dense_loss(logits, labels).item(), "score": glyph_accuracy(logits, labels)}
 
 
-@dataclasses.dataclass
-class Prompt:
-    """A sample as ids: `answers` holds, for each turn, the positions whose next id has to be guessed."""
-
-    ids: list[int]
-    answers: list[range]
-    num_pictures: int
-    things: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # colour, shape; by picture
-    choice: tuple[int, int] | None = None  # where "1" or "2" is to be said of two pictures; which, from 0
-    asked: int = UNKNOWN  # which of two pictures is the right one, from 0, where the question stands first
-
-
 class JointStage(nn.Module):
     """The whole model on questions about pictures, and the dense task beside it."""
 
+    lessons: Lessons = FIRST_LESSONS
+    abilities: tuple[str, ...] = FIRST_ABILITIES
+    num_layers = FIRST_LAYERS
+
     def __init__(self, arguments: argparse.Namespace, rng: random.Random):
         super().__init__()
-        self.rng, self.families = rng, find_fonts("train", arguments.fonts)
+        self.rng, families = rng, find_fonts("train", arguments.fonts)
+        self.drawer = Drawer("train", rng, families, self.lessons)
         self.losses: dict[str, float] = {}
         self.pieces = SentencePieceProcessor(model_file=str(arguments.root / "tokenizer.model"))
-        self.model = InternLMXComposer2ForCausalLM(make_config(self.pieces)).eval()  # no dropout at this size
-        for name, parameter in self.model.named_parameters():
-            if "Plora_B" in name:
-                nn.init.zeros_(parameter)
+        self.model = new_model(self.pieces, self.num_layers)
         self.head = DenseHead(TOWER["hidden_size"])
-        self.order_head = nn.Linear(self.model.config.hidden_size, 2)
-        self.asked_head = nn.Linear(self.model.config.hidden_size, 2)
-        if arguments.tower:
-            self.load_tower(arguments.tower)
+        self.asides = Asides(self.model.config.hidden_size, ids_of_names(self.pieces.piece_to_id))
+        if arguments.start:
+            self.load(arguments.start)
         quicken(self.model)
-        self.pages = Pages(rng, self.families)
+        self.pages = Pages(rng, families)
         for _ in range(10):
             self.pages.renew()
-        self.unseen = draw_unseen(arguments)
+        self.unseen = [self.case(sample) for sample in self.draw_unseen(arguments)]
 
-    def load_tower(self, path: Path) -> None:
+    def load(self, path: Path) -> None:
         """Takes tower and dense head from a checkpoint of the dense stage."""
         state = torch.load(path, weights_only=True)["model"]
-        tower = {
-            key.removeprefix("tower."): value for key, value in state.items() if key.startswith("tower.")
-        }
-        self.model.vit.vision_tower.vision_model.load_state_dict(tower)
-        self.head.load_state_dict(
-            {key.removeprefix("head."): value for key, value in state.items() if key.startswith("head.")}
-        )
+        self.model.vit.vision_tower.vision_model.load_state_dict(part_of(state, "tower."))
+        self.head.load_state_dict(part_of(state, "head."))
+
+    def draw_unseen(self, arguments: argparse.Namespace) -> list[Sample]:
+        """The fixed samples by which a checkpoint is chosen: 100 of each ability, twice as many to read."""
+        families = find_fonts("validation", arguments.fonts)
+        drawer = Drawer("validation", random.Random("validation"), families, self.lessons)
+        return [
+            drawer.sample(ability)
+            for ability in self.abilities
+            for _ in range(arguments.validation * (2 if ability in READING else 1))
+        ]
+
+    def case(self, sample: Sample) -> Case:
+        tiles = tiles_of(sample)
+        return sample, tiles, make_prompt(sample, tiles, self.pieces, self.model.config.image_token_id)
 
     def backward(self, batch: int) -> float:
         """Adds the gradients of `batch` samples and of a sixth as many pages; returns the answers' loss."""
-        samples = [draw_training_sample(self.rng, self.families) for _ in range(batch)]
-        num_answers = sum(len(sample.turns) for sample in samples)
+        cases = [self.case(self.drawer.draw()) for _ in range(batch)]
+        num_answers = sum(len(sample.turns) for sample, _, _ in cases)
         total = 0.0
-        for group in self.groups(samples):
-            features, prompts, tiles_loss = self.encode(group)
-            answers, _, pair_loss = self.answers_loss(features, prompts)
-            weights = torch.tensor([answer_weight(turn) for sample in group for turn in sample.turns])
-            aside = DENSE_WEIGHT * tiles_loss + PAIR_WEIGHT * pair_loss
+        for group in self.groups(cases):
+            features, tiles_loss = self.encode([tiles for _, tiles, _ in group])
+            answers, _, aside = self.answers_loss(features, [prompt for *_, prompt in group])
+            weights = torch.tensor([answer_weight(turn) for sample, *_ in group for turn in sample.turns])
+            aside = DENSE_WEIGHT * tiles_loss + ASIDE_WEIGHT * aside
             loss = answers @ weights / num_answers + aside * len(group) / batch
             loss.backward()
             total += answers.sum().item() / num_answers
-            self.note(group, answers.tolist())
+            self.note([sample for sample, _, _ in group], answers.tolist())
         self.backward_pages(batch // 6)
+        self.losses |= self.asides.losses
         return total
 
     def note(self, group: list[Sample], losses: list[float]) -> None:
-        """Keeps a moving average of each ability's loss, for the log."""
+        """Keeps moving averages for the log: each ability's loss, of its first question and of later ones."""
         names = [
-            "which"
-            if answer.startswith("picture")
-            else f"{sample.ability} (about)"
-            if len(sample.pictures) > 1
-            else sample.ability
+            sample.ability + (" (more)" if number else "")
             for sample in group
-            for _, answer in sample.turns
+            for number, _ in enumerate(sample.turns)
         ]
         for name, loss in zip(names, losses, strict=True):
-            self.losses[name] = 0.998 * self.losses.get(name, loss) + 0.002 * loss
+            self.losses[name] = 0.99 * self.losses.get(name, loss) + 0.01 * loss
 
     def backward_pages(self, count: int) -> None:
         """Adds the gradients of the dense task on `count` tiles full of text."""
@@ -220,165 +153,125 @@ class JointStage(nn.Module):
             loss = dense_loss(logits, torch.from_numpy(labels[part]))
             (DENSE_WEIGHT * loss * len(tiles[part]) / count).backward()
 
-    def groups(self, samples: list[Sample]) -> list[list[Sample]]:
-        """Samples with equally many pictures, of like lengths, as many as fit a micro-batch."""
+    def groups(self, cases: list[Case]) -> list[list[Case]]:
+        """Cases with equally many pictures, of like lengths, as many as fit a micro-batch."""
+        alike: dict[tuple[int, bool], list[Case]] = {}
+        for case in cases:
+            tiles = [len(each.pixels) for each in case[1]]
+            alike.setdefault((len(tiles), max(tiles, default=0) > 1), []).append(case)
         groups = []
-        for count in (1, 2):
-            alike = [sample for sample in samples if len(sample.pictures) == count]
-            alike.sort(key=lambda sample: sum(len(text or "") for text, _ in segments(sample)))
-            size = MICRO_BATCH // count
-            groups += [alike[start : start + size] for start in range(0, len(alike), size)]
+        for members in alike.values():
+            members.sort(key=lambda case: len(case[2].ids))
+            group, size = [], 0
+            for case in members:
+                count = sum(len(each.pixels) for each in case[1]) or 1
+                if group and size + count > MICRO_BATCH:
+                    groups.append(group)
+                    group, size = [], 0
+                group, size = [*group, case], size + count
+            groups.append(group)
         return groups
 
-    def encode(self, samples: list[Sample]) -> tuple[Tensor, list[Prompt], Tensor]:
-        """(pictures, tokens, hidden) embeddings of all pictures, the prompts, and the dense loss.
+    def encode(self, pictures: list[list[Tiles]]) -> tuple[Tensor | None, Tensor]:
+        """(tokens of all pictures, hidden) embeddings, and the dense loss.
 
         A picture of one tile is its own global view, so the tower runs once for both.
         """
-        tiles, labels = zip(
-            *(to_tile(picture) for sample in samples for picture in sample.pictures), strict=True
-        )
-        features = self.model.vit.vision_tower(normalise(np.stack(tiles)))[:, 1:]
-        loss = dense_loss(self.head(features), torch.from_numpy(np.stack(labels)))
-        twice = features.repeat_interleave(2, dim=0)
-        grids = [(1, 1)] * len(tiles)
+        tiles = [each for row in pictures for each in row]
+        if not tiles:
+            return None, torch.zeros(())
+        features = self.model.vit.vision_tower(torch.cat([each.pixels for each in tiles]))[:, 1:]
+        parts, local, places = [], [], []
+        for each, part in zip(tiles, features.split([len(each.pixels) for each in tiles]), strict=True):
+            parts.append(part.expand(2, -1, -1) if len(part) == 1 else part)
+            local.append(part[-len(each.labels) :])
+            places.append(torch.from_numpy(each.labels))
+        loss = dense_loss(self.head(torch.cat(local)), torch.cat(places))
         model = self.model
-        assembled = model.vit.assemble(twice, grids, model.plora_glb_GN, model.plora_sub_GN)
-        return model.vision_proj(torch.stack(assembled)), [self.prompt(sample) for sample in samples], loss
+        assembled = model.vit.assemble(
+            torch.cat(parts), [each.grid for each in tiles], model.plora_glb_GN, model.plora_sub_GN
+        )
+        return model.vision_proj(torch.cat(assembled)), loss
 
-    def prompt(self, sample: Sample) -> Prompt:
-        ids, answers = [self.pieces.bos_id()], []
-        for text, is_answer in segments(sample):
-            if text is None:
-                ids += [self.model.config.image_token_id] * self.model.num_image_tokens(1, 1)
-                continue
-            piece = self.pieces.encode(text)
-            if is_answer:
-                answers.append(range(len(ids) - 1, len(ids) - 1 + len(piece)))
-            ids += piece
-        question, answer = sample.turns[0]
-        knows = sample.ability == "which" and question.index("?") < question.index(IMAGE_MARK)
-        asked = int(answer.removeprefix("picture ")) - 1 if knows else UNKNOWN
-        things = [only_thing(picture) for picture in sample.pictures]
-        choice = None
-        for (_, answer), span in zip(sample.turns, answers, strict=True):
-            if answer.startswith("picture "):
-                choice = (span.stop - 2, int(answer[-1]) - 1)  # after the digit only the turn's end is said
-        return Prompt(ids, answers, len(sample.pictures), things, choice, asked)
-
-    def answers_loss(self, features: Tensor, prompts: list[Prompt]) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean loss of each answer, whether every id of it is the likeliest, and `pair_loss`."""
+    def answers_loss(self, features: Tensor | None, prompts: list[Prompt]) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean loss of each answer, whether every id of it is the likeliest, and the asides' loss."""
         ids = torch.zeros(len(prompts), max(len(prompt.ids) for prompt in prompts), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
-        mask = ids == self.model.config.image_token_id
-        embeds = self.model.model.tok_embeddings(ids).masked_scatter(mask[..., None], features)
+        embeds, mask = self.model.model.tok_embeddings(ids), None
+        if features is not None:
+            mask = ids == self.model.config.image_token_id
+            embeds = embeds.masked_scatter(mask[..., None], features)
         # Padding stands at the end, where causal attention never looks.
         outputs = self.model.model(
             inputs_embeds=embeds, im_mask=mask, use_cache=False, output_hidden_states=True
         )
-        hidden = outputs.last_hidden_state
         places = [(row, at, turn) for row, turn, span in spans(prompts) for at in span]
         rows, columns, turns = torch.tensor(places).T
-        logits = self.model.output(hidden[rows, columns])
+        logits = self.model.output(outputs.last_hidden_state[rows, columns])
         targets = ids[rows, columns + 1]
         sizes = torch.bincount(turns).float()
         losses = functional.cross_entropy(logits, targets, reduction="none")
         right = torch.zeros_like(sizes).index_add(0, turns, (logits.argmax(-1) == targets).float())
         means = torch.zeros_like(sizes).index_add(0, turns, losses) / sizes
-        pair_loss = self.pair_loss(outputs.hidden_states, mask, prompts)
-        return means, right == sizes, pair_loss + self.pointer_loss(outputs.hidden_states, mask, prompts)
-
-    def pointer_loss(self, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]) -> Tensor:
-        """How little one head of each upper layer looks at the right picture where its number is to be said.
-
-        To look there and to copy the number pay off only together, so that neither begins: this begins it.
-        """
-        choices = [(row, *prompt.choice) for row, prompt in enumerate(prompts) if prompt.choice]
-        if not choices:
-            return mask.new_zeros((), dtype=torch.float32)
-        rows, positions, places = torch.tensor(choices).T
-        positional = self.model.model.rotary_emb(torch.arange(mask.shape[1])[None])
-        loss = 0.0
-        for index in POINTER_LAYERS:
-            layer = self.model.model.layers[index]
-            attention = layer.attention
-            image_rows = mask.flatten().nonzero()[:, 0]
-            packed = attention.wqkv(layer.attention_norm(hidden[index]), image_rows=image_rows)
-            packed = packed.unflatten(-1, (-1, attention.num_key_value_groups + 2, attention.head_dim))
-            query, key = (apply_rotary(packed[:, None, :, 0, part], *positional)[:, 0] for part in (0, -2))
-            keys = key[mask].view(len(prompts), 2, -1, attention.head_dim)[rows]
-            scores = torch.einsum("nd,nptd->npt", query[rows, positions], keys) * attention.scaling
-            loss = loss + functional.cross_entropy(scores.logsumexp(-1), places)
-        self.losses["pointer"] = loss.item()
-        return loss
-
-    def pair_loss(self, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]) -> Tensor:
-        """How badly the tokens of two pictures know which of them they belong to, and if it was asked for.
-
-        Among a hundred tokens the one that numbers a picture, or names the thing asked for, is too faint a
-        cue to be found from the answer alone.
-        """
-        if prompts[0].num_pictures < 2:
-            return mask.new_zeros((), dtype=torch.float32)
-        loss = self.names_loss(
-            hidden[ORDER_LAYER][mask].view(2 * len(prompts), -1, hidden[0].shape[-1]), prompts
-        )
-        places = torch.arange(2)[None, :, None]
-        right = torch.tensor([prompt.asked for prompt in prompts])[:, None, None]
-        asked = torch.where(right == UNKNOWN, UNKNOWN, (places == right).long())
-        for name, head, layer, targets in (
-            ("order", self.order_head, ORDER_LAYER, places),
-            ("asked", self.asked_head, ASKED_LAYER, asked),
-        ):
-            logits = head(hidden[layer][mask]).view(len(prompts), 2, -1, 2)
-            targets = targets.expand(logits.shape[:3]).flatten()
-            part = functional.cross_entropy(logits.flatten(0, 2), targets, reduction="sum")
-            part = part / max(1, int((targets != UNKNOWN).sum()))
-            self.losses[name] = part.item()
-            loss = loss + part
-        return loss
-
-    def names_loss(self, hidden: Tensor, prompts: list[Prompt]) -> Tensor:
-        """How far the mean token of each picture is from the embeddings of its colour's and its shape's name.
-
-        A picture is then matched with the words for what it shows by a mere inner product.
-        """
-        means = self.model.model.layers[ORDER_LAYER].attention_norm(hidden.mean(1))
-        loss = 0.0
-        for field, names in enumerate((COLOURS, SHAPES)):
-            rows = [self.pieces.piece_to_id(f"\u2581{name}") for name in names]
-            logits = means @ self.model.model.tok_embeddings.weight[rows].T
-            targets = torch.tensor([thing[field] for prompt in prompts for thing in prompt.things])
-            part = functional.cross_entropy(logits, targets, reduction="sum")
-            loss = loss + part / max(1, int((targets != UNKNOWN).sum()))
-        self.losses["names"] = loss.item()
-        return loss
+        several = prompts[0].num_pictures > 1
+        aside = self.asides(self.model.model, outputs.hidden_states, mask, prompts) if several else 0.0
+        return means, right == sizes, aside
 
     @torch.inference_mode()
     def validate(self) -> dict[str, float]:
         """Share of unseen answers that come out exactly, for each ability and length of text."""
-        tally = {}
+        tally: dict[str, list[bool]] = {}
         for group in self.groups(self.unseen):
-            features, prompts, _ = self.encode(group)
-            for sample, right in zip(group, self.answers_loss(features, prompts)[1].tolist(), strict=True):
-                names = [sample.ability]  # and its parts
-                if sample.ability in ("number", "word", "count"):
-                    answer = sample.turns[0][1]
-                    names.append(f"{sample.ability} {answer if sample.ability == 'count' else len(answer)}")
-                for name in names:
-                    tally.setdefault(name, []).append(right)
+            features, _ = self.encode([tiles for _, tiles, _ in group])
+            prompts = [prompt for *_, prompt in group]
+            rights = iter(self.answers_loss(features, prompts)[1].tolist())
+            for sample, *_ in group:
+                for name, right in zip(parts_of(sample), rights, strict=False):
+                    for each in name:
+                        tally.setdefault(each, []).append(right)
         scores = {name: sum(rights) / len(rights) for name, rights in sorted(tally.items())}
-        abilities = [scores[ability] for ability in ABILITIES]
+        abilities = [scores[ability] for ability in self.abilities]
         return {**scores, "score": (min(abilities) + sum(abilities) / len(abilities)) / 2}
 
 
-def only_thing(picture: Picture) -> tuple[int, int]:
-    """Colour and shape of a picture's one object as indices, or unknown."""
-    marks = [mark for mark in picture.marks if mark.name in SHAPES]
-    if len(marks) != 1:
-        return UNKNOWN, UNKNOWN
-    return COLOURS.index(marks[0].colour), SHAPES.index(marks[0].name)
+class FullStage(JointStage):
+    """Everything that nano learns, by a deeper decoder that begins as the one of the joint stage."""
+
+    lessons, abilities, num_layers = LESSONS, ABILITIES, LAYERS
+
+    def load(self, path: Path) -> None:
+        """Takes everything from a checkpoint of the joint stage; what that lacks does nothing yet."""
+        state = torch.load(path, weights_only=True)["model"]
+        grow(self.model, FIRST_LAYERS)
+        weights = part_of(state, "model.")
+        lacking = self.model.load_state_dict(weights, strict=False)
+        new = [key for key in lacking.missing_keys if int(key.split(".")[2]) < FIRST_LAYERS]
+        if new or lacking.unexpected_keys:
+            raise ValueError(
+                f"{path} lacks {new} and holds {lacking.unexpected_keys}; give a joint checkpoint"
+            )
+        self.head.load_state_dict(part_of(state, "head."))
+        self.asides.load_state_dict(part_of(state, "asides."))
+
+
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What is named under `prefix`."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def parts_of(sample: Sample) -> list[list[str]]:
+    """For each turn that counts, under which names: its ability, and its length or number."""
+    answer = sample.turns[0][1]
+    if sample.ability == "follow-up":
+        return [["follow-up (1)"], ["follow-up"], ["follow-up"]][: len(sample.turns)]
+    if sample.ability in READING:
+        return [[sample.ability, f"{sample.ability} {len(answer)}"]]
+    if sample.ability == "count":
+        return [["count", f"count {answer}"]]
+    if sample.ability in ("which", "more"):
+        return [[sample.ability, f"{sample.ability} of {len(sample.pictures)}"]]
+    return [[sample.ability]] + [[]] * (len(sample.turns) - 1)
 
 
 def answer_weight(turn: tuple[str, str]) -> float:
@@ -390,50 +283,3 @@ def spans(prompts: list[Prompt]) -> list[tuple[int, int, range]]:
     """(row, number of the answer in the batch, positions) of every answer."""
     answers = [(row, span) for row, prompt in enumerate(prompts) for span in prompt.answers]
     return [(row, turn, span) for turn, (row, span) in enumerate(answers)]
-
-
-def draw_unseen(arguments: argparse.Namespace) -> list[Sample]:
-    """The fixed samples by which a checkpoint is chosen: 100 of each ability, twice as many to read."""
-    rng, families = random.Random("validation"), find_fonts("validation", arguments.fonts)
-    return [
-        draw_sample(ability, "validation", rng, families)
-        for ability in ABILITIES
-        for _ in range(200 if ability in ("number", "word") else 100)
-    ]
-
-
-def make_config(pieces: SentencePieceProcessor) -> InternLMXcomposer2Config:
-    """The sizes of nano; ids are those of the tokenizer in the same folder."""
-    return InternLMXcomposer2Config(
-        version="2.5",
-        vocab_size=pieces.vocab_size(),
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=384,
-        max_position_embeddings=4096,
-        max_length=4096,
-        rope_theta=10_000,
-        plora_rank=8,
-        plora_alpha=8,
-        task_adapters={},
-        hd_num=1,
-        image_token_id=pieces.piece_to_id("[UNUSED_TOKEN_1]"),
-        end_token_id=pieces.piece_to_id(END_OF_TURN),
-        vision_config=TOWER,
-        attn_implementation="sdpa",
-    )
-
-
-def export(checkpoint: Path, root: Path, out: Path) -> None:
-    """Writes `config.json`, `generation_config.json` and the weights, in float16, into `out`."""
-    pieces = SentencePieceProcessor(model_file=str(root / "tokenizer.model"))
-    state = torch.load(checkpoint, weights_only=True)["model"]
-    model = InternLMXComposer2ForCausalLM(make_config(pieces))
-    weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-    model.load_state_dict(weights)
-    model.generation_config.eos_token_id = [pieces.eos_id(), pieces.piece_to_id(END_OF_TURN)]
-    model.generation_config.do_sample = False
-    model.config.auto_map = dict(CONFIG_AUTO_MAP)
-    model.half().save_pretrained(out)

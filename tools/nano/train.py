@@ -1,10 +1,11 @@
-"""Trains nano from scratch on drawn pictures, on a CPU: first the tower alone, then the whole model.
+"""Trains nano from scratch on drawn pictures, on a CPU: the tower alone, the first lessons, all lessons.
 
     python -m tools.nano.train dense --minutes 12 --out runs/dense
-    python -m tools.nano.train joint --minutes 60 --out runs/joint --tower runs/dense/last.pt
-    python -m tools.nano.train export --checkpoint runs/joint/best.pt --out .
+    python -m tools.nano.train joint --minutes 60 --out runs/joint --start runs/dense/last.pt
+    python -m tools.nano.train full --minutes 120 --out runs/full --start runs/joint/best.pt
+    python -m tools.nano.train export --checkpoint runs/full/best.pt --out .
 
-Both stages run in `--processes` processes of one thread each (faster than one process of as many threads)
+All stages run in `--processes` processes of one thread each (faster than one process of as many threads)
 that average their gradients, stop after `--minutes` of training (the learning rate follows the clock, or
 `--steps`), save as they go, and resume from what they saved.
 """
@@ -21,7 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .stages import DenseStage, JointStage, export
+from .model import export
+from .stages import DenseStage, FullStage, JointStage
+
+STAGES = {"dense": DenseStage, "joint": JointStage, "full": FullStage}
 
 MUON = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.02}
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.98), "weight_decay": 0.05}
@@ -34,7 +38,7 @@ CLIP_NORM = 1.0
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("stage", choices=("dense", "joint", "export"))
+    parser.add_argument("stage", choices=(*STAGES, "export"))
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for checkpoints and log, or the model"
     )
@@ -45,9 +49,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=48, help="pictures per process and step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fonts", nargs="*", help="folders of fonts; /usr/share/fonts by default")
-    parser.add_argument("--tower", type=Path, help="checkpoint of the dense stage to start from")
+    parser.add_argument("--start", type=Path, help="checkpoint of the stage before to start from")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint to export")
     parser.add_argument("--validate-every", type=int, default=500, help="steps")
+    parser.add_argument("--validation", type=int, default=100, help="samples of each ability to choose by")
     parser.add_argument("--muon-lr", type=float, default=MUON["lr"])
     return parser.parse_args()
 
@@ -208,7 +213,7 @@ def work(rank: int, arguments: argparse.Namespace) -> None:
     rng = random.Random(
         f"{arguments.seed} {arguments.stage} {rank} {time.time_ns() if resuming(arguments) else 0}"
     )
-    stage = {"dense": DenseStage, "joint": JointStage}[arguments.stage](arguments, rng)
+    stage = STAGES[arguments.stage](arguments, rng)
     Run(arguments, stage, rank).train()
 
 

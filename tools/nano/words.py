@@ -6,6 +6,7 @@ A single character cannot be held back (there are only 36), so those are in ever
 import hashlib
 import random
 import string
+from collections.abc import Sequence
 
 REAL_WORDS = """
 AM AN AS AT BE BY DO GO HE HI IF IN IS IT ME MY NO OF OH OK ON OR OX SO TO UP US WE
@@ -23,8 +24,14 @@ NIGHT OCEAN ONION PAPER PIANO PILOT PIZZA PLANT QUEEN QUICK RADIO RIVER ROBOT SA
 STONE STORM SUGAR TABLE TIGER TRAIN TRUCK VIDEO VOICE WATER WHALE WHEEL WHITE WORLD YOUNG ZEBRA
 """.split()  # noqa: SIM905
 VOWELS, CONSONANTS = "AEIOU", "BCDFGHJKLMNPQRSTVWXYZ"
-LENGTHS = {"number": (1, 2, 3, 4), "word": (1, 2, 3, 4, 5)}
-TRAINING_WEIGHTS = {"number": (1, 2, 3, 5), "word": (1, 2, 3, 4, 6)}  # long strings are the hard ones
+KINDS = ("number", "word", "code")  # digits, capitals, both
+# How often training draws each length: long strings are the hard ones. The first lessons stop at five.
+FIRST_WEIGHTS = {"number": (1, 2, 3, 5), "word": (1, 2, 3, 4, 6)}
+WEIGHTS = {
+    "number": (1, 1, 2, 3, 3, 4, 4, 5),
+    "word": (1, 1, 2, 3, 4, 5, 5, 6),
+    "code": (0, 1, 2, 3, 3, 4, 4, 5),
+}
 
 
 def split_of_string(text: str) -> str:
@@ -33,12 +40,19 @@ def split_of_string(text: str) -> str:
     return "held_back" if bucket == 0 else "validation" if bucket == 1 else "train"
 
 
-def random_string(kind: str, split: str, rng: random.Random, length: int | None = None) -> str:
-    """A "number" or "word" of `split`; training draws long ones more often, the others every length alike."""
-    weights = TRAINING_WEIGHTS[kind] if split == "train" else None
-    length = length or rng.choices(LENGTHS[kind], weights)[0]
+def random_string(
+    kind: str,
+    split: str,
+    rng: random.Random,
+    length: int | None = None,
+    weights: Sequence[int] | None = None,
+) -> str:
+    """A string of `kind` and `split`; without a length, `weights` say how often each from 1 on is drawn."""
+    weights = weights or WEIGHTS[kind]
+    length = length or rng.choices(range(1, len(weights) + 1), weights)[0]
+    draw = {"number": _number, "word": _word, "code": _code}[kind]
     while True:
-        text = _number(length, rng) if kind == "number" else _word(length, rng)
+        text = draw(length, rng)
         if length == 1 or split_of_string(text) == split:
             return text
 
@@ -49,9 +63,18 @@ def _number(length: int, rng: random.Random) -> str:
 
 def _word(length: int, rng: random.Random) -> str:
     style = rng.random()
-    if style < 0.2 and length > 1:
-        return rng.choice([word for word in REAL_WORDS if len(word) == length])
+    real = [word for word in REAL_WORDS if len(word) == length]
+    if style < 0.2 and real:
+        return rng.choice(real)
     if style < 0.4:
         start = rng.randrange(2)
         return "".join(rng.choice((CONSONANTS, VOWELS)[(start + place) % 2]) for place in range(length))
     return "".join(rng.choice(string.ascii_uppercase) for _ in range(length))
+
+
+def _code(length: int, rng: random.Random) -> str:
+    """Letters and digits, at least one of each; no I and O, which some fonts draw as 1 and 0."""
+    while True:
+        text = "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ" + string.digits) for _ in range(length))
+        if not text.isdigit() and not text.isalpha():
+            return text

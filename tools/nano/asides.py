@@ -1,0 +1,122 @@
+"""What the decoder has to know of several pictures: terms of the loss beside that of the answers.
+
+To find the picture that was asked for, the decoder has to match words with pictures and to copy a number, and
+neither pays off without the other; these begin it. All pictures here are of one tile.
+"""
+
+import torch
+from internlm_xcomposer2.modeling_internlm2 import apply_rotary
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .dense import UNKNOWN
+from .prompts import Prompt
+from .questions import COLOURS, SHAPES
+
+ORDER_LAYER, ASKED_LAYER = 2, 3  # after how many of the decoder's layers a picture's tokens have to know
+POINTER_LAYERS = (2, 3)
+MOST_PICTURES, MOST_OBJECTS = 3, 6
+
+
+class Asides(nn.Module):
+    """Heads that are thrown away after training, and what they are trained by."""
+
+    def __init__(self, width: int, name_ids: tuple[list[int], list[int]]):
+        """`name_ids`: the ids of the names of colours and shapes."""
+        super().__init__()
+        self.name_ids = name_ids
+        self.order_head = nn.Linear(width, MOST_PICTURES)
+        self.asked_head = nn.Linear(width, 2)
+        self.count_head = nn.Linear(width, MOST_OBJECTS + 1)
+        self.losses: dict[str, float] = {}
+
+    def forward(
+        self, decoder: nn.Module, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]
+    ) -> Tensor:
+        """The sum of all terms for prompts with equally many pictures; zero for one picture or none."""
+        if prompts[0].num_pictures < 2:
+            return mask.new_zeros((), dtype=torch.float32)
+        terms = {
+            "names": self.names_loss(decoder, hidden, mask, prompts),
+            "order": self.order_loss(hidden, mask, prompts),
+            "asked": self.asked_loss(hidden, mask, prompts),
+            "counts": self.counts_loss(hidden, mask, prompts),
+            "pointer": self.pointer_loss(decoder, hidden, mask, prompts),
+        }
+        self.losses |= {name: term.item() for name, term in terms.items()}
+        return sum(terms.values())
+
+    def order_loss(self, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]) -> Tensor:
+        """How badly the tokens of each picture know which one they belong to.
+
+        Among a hundred tokens the one that numbers a picture is too faint a cue to be found from the answer.
+        """
+        logits = self.order_head(by_picture(hidden[ORDER_LAYER], mask, prompts))
+        places = torch.arange(logits.shape[1])[None, :, None].expand(logits.shape[:3])
+        return known_loss(logits, places)
+
+    def asked_loss(self, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]) -> Tensor:
+        """How badly they know, where the question stands first, whether theirs was asked for."""
+        logits = self.asked_head(by_picture(hidden[ASKED_LAYER], mask, prompts))
+        places = torch.arange(logits.shape[1])[None, :, None]
+        right = torch.tensor([prompt.asked for prompt in prompts])[:, None, None]
+        asked = torch.where(right == UNKNOWN, UNKNOWN, (places == right).long())
+        return known_loss(logits, asked.expand(logits.shape[:3]))
+
+    def counts_loss(self, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]) -> Tensor:
+        """How badly the mean token of each picture knows how many objects it shows."""
+        means = by_picture(hidden[ORDER_LAYER], mask, prompts).mean(2)
+        return known_loss(self.count_head(means), torch.tensor([prompt.counts for prompt in prompts]))
+
+    def names_loss(
+        self, decoder: nn.Module, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]
+    ) -> Tensor:
+        """How far the mean token of each picture is from the embeddings of its colour's and its shape's name.
+
+        A picture is then matched with the words for what it shows by a mere inner product.
+        """
+        means = by_picture(hidden[ORDER_LAYER], mask, prompts).mean(2)
+        means = decoder.layers[ORDER_LAYER].attention_norm(means)
+        things = torch.tensor([prompt.things for prompt in prompts])  # (prompts, pictures, 2)
+        loss = 0.0
+        for field, ids in enumerate(self.name_ids):
+            loss = loss + known_loss(means @ decoder.tok_embeddings.weight[ids].T, things[..., field])
+        return loss
+
+    def pointer_loss(
+        self, decoder: nn.Module, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]
+    ) -> Tensor:
+        """How little one head of each upper layer looks at the right picture where its number is said."""
+        choices = [(row, *prompt.choice) for row, prompt in enumerate(prompts) if prompt.choice]
+        if not choices:
+            return mask.new_zeros((), dtype=torch.float32)
+        rows, positions, places = torch.tensor(choices).T
+        positional = decoder.rotary_emb(torch.arange(mask.shape[1])[None])
+        image_rows = mask.flatten().nonzero()[:, 0]
+        loss = 0.0
+        for index in POINTER_LAYERS:
+            layer = decoder.layers[index]
+            attention = layer.attention
+            packed = attention.wqkv(layer.attention_norm(hidden[index]), image_rows=image_rows)
+            packed = packed.unflatten(-1, (-1, attention.num_key_value_groups + 2, attention.head_dim))
+            query, key = (apply_rotary(packed[:, None, :, 0, part], *positional)[:, 0] for part in (0, -2))
+            keys = by_picture(key, mask, prompts)[rows]
+            scores = torch.einsum("nd,nptd->npt", query[rows, positions], keys) * attention.scaling
+            loss = loss + functional.cross_entropy(scores.logsumexp(-1), places)
+        return loss
+
+
+def by_picture(hidden: Tensor, mask: Tensor, prompts: list[Prompt]) -> Tensor:
+    """(prompts, tokens, width) -> (prompts, pictures, tokens of a picture, width)"""
+    return hidden[mask].view(len(prompts), prompts[0].num_pictures, -1, hidden.shape[-1])
+
+
+def known_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of (..., classes) over the targets that are known; zero where none is."""
+    total = functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+    return total / max(1, int((targets != UNKNOWN).sum()))
+
+
+def ids_of_names(piece_to_id) -> tuple[list[int], list[int]]:
+    """The ids of the names of colours and shapes, as they stand inside of a sentence."""
+    return tuple([piece_to_id(f"\u2581{name}") for name in names] for names in (COLOURS, SHAPES))

@@ -1,0 +1,151 @@
+"""The sizes of nano, what makes it quicker to train, how it grows, and how it is written out."""
+
+from pathlib import Path
+
+import torch
+from internlm_xcomposer2.auto_internlm_xcomposer2 import CONFIG_AUTO_MAP
+from internlm_xcomposer2.configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+from internlm_xcomposer2.modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .samples import END_OF_TURN
+
+TOWER = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "image_size": 112,
+    "patch_size": 14,
+}
+TASK_ADAPTERS = {"sft": 8, "dpo": 8, "web": 16}  # ranks; what write_artical and write_webpage learn
+FIRST_LAYERS, LAYERS = 4, 6  # of the decoder: in the first lessons, and once there is more to learn
+QUICK_GELU = 1.702
+
+
+class FusedQuickGELUMLP(nn.Module):
+    """The tower's MLP with its activation as one kernel: quick_gelu(x) = silu(1.702 x) / 1.702."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.fc1, self.fc2 = mlp.fc1, mlp.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.linear(x, self.fc1.weight * QUICK_GELU, self.fc1.bias * QUICK_GELU)
+        return functional.linear(functional.silu(x), self.fc2.weight / QUICK_GELU, self.fc2.bias)
+
+
+class MaskedPLoRA(nn.Module):
+    """The decoder's PLoRA without gathering rows: the low-rank product everywhere, zero off the pictures."""
+
+    def __init__(self, plora: nn.Module):
+        super().__init__()
+        self.linear, self.Plora_A, self.Plora_B = plora.linear, plora.Plora_A, plora.Plora_B
+
+    def forward(
+        self, x: Tensor, infer_mode: str = "base", image_rows: Tensor | slice | None = None
+    ) -> Tensor:
+        """(batch, tokens, in) -> (batch, tokens, out)"""
+        if image_rows is None:
+            return self.linear(x)
+        flat = x.flatten(0, 1)
+        mask = flat.new_zeros(len(flat), 1)
+        mask[image_rows] = 1.0
+        low_rank = self.Plora_A(flat) * mask
+        return torch.addmm(self.linear(flat), low_rank, self.Plora_B.weight.T).view(*x.shape[:2], -1)
+
+
+def quicken(model: nn.Module) -> None:
+    """Trades MLPs of the tower and low-rank linears for ones that compute the same in less time.
+
+    The names of all parameters stay as they were.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name == "mlp":
+                parent.mlp = FusedQuickGELUMLP(child)
+            elif hasattr(child, "Plora_A") and not isinstance(child, MaskedPLoRA):
+                setattr(parent, name, MaskedPLoRA(child))
+
+
+def new_model(pieces: SentencePieceProcessor, num_layers: int) -> InternLMXComposer2ForCausalLM:
+    """Nano with random weights. It has no dropout at this size, and its low-rank weights start at zero."""
+    model = InternLMXComposer2ForCausalLM(make_config(pieces, num_layers)).eval()
+    for name, parameter in model.named_parameters():
+        if "Plora_B" in name:
+            nn.init.zeros_(parameter)
+    return model
+
+
+def grow(model: InternLMXComposer2ForCausalLM, num_layers: int) -> None:
+    """Makes the layers from `num_layers` on do nothing yet, so that they can stand behind trained ones."""
+    for layer in model.model.layers[num_layers:]:
+        nn.init.zeros_(layer.attention.wo.linear.weight)
+        nn.init.zeros_(layer.feed_forward.w2.linear.weight)
+
+
+def make_config(
+    pieces: SentencePieceProcessor, num_layers: int = LAYERS, task_adapters: dict[str, int] | None = None
+) -> InternLMXcomposer2Config:
+    """The sizes of nano; ids are those of the tokenizer in the same folder."""
+    return InternLMXcomposer2Config(
+        version="2.5",
+        vocab_size=pieces.vocab_size(),
+        hidden_size=128,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=384,
+        max_position_embeddings=4096,
+        max_length=4096,
+        rope_theta=10_000,
+        plora_rank=8,
+        plora_alpha=8,
+        task_adapters=task_adapters or {},
+        hd_num=1,
+        image_token_id=pieces.piece_to_id("[UNUSED_TOKEN_1]"),
+        end_token_id=pieces.piece_to_id(END_OF_TURN),
+        vision_config=TOWER,
+        attn_implementation="sdpa",
+    )
+
+
+def export(checkpoint: Path, root: Path, out: Path) -> None:
+    """Writes `config.json`, `generation_config.json` and the weights, in float16, into `out`.
+
+    `checkpoint` is one of a stage, which gets task adapters that do nothing yet, or the folder of a model
+    whose adapters were trained.
+    """
+    if checkpoint.is_dir():
+        model = InternLMXComposer2ForCausalLM.from_pretrained(checkpoint)
+    else:
+        model = with_adapters(torch.load(checkpoint, weights_only=True)["model"], root)
+    model.config.auto_map = dict(CONFIG_AUTO_MAP)
+    model.half().save_pretrained(out)
+
+
+def with_adapters(state: dict[str, Tensor], root: Path) -> InternLMXComposer2ForCausalLM:
+    """The model of a stage's checkpoint, with new task adapters."""
+    pieces = SentencePieceProcessor(model_file=str(root / "tokenizer.model"))
+    weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    torch.manual_seed(0)
+    model = InternLMXComposer2ForCausalLM(make_config(pieces, num_layers_of(weights), TASK_ADAPTERS))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and "_B." in name:
+            nn.init.zeros_(parameter)
+    found = model.load_state_dict(weights, strict=False)
+    wrong = [key for key in found.missing_keys if ".lora_" not in key] + found.unexpected_keys
+    if wrong:
+        raise ValueError(f"the checkpoint and the model differ in {', '.join(wrong)}")
+    model.generation_config.eos_token_id = [pieces.eos_id(), pieces.piece_to_id(END_OF_TURN)]
+    model.generation_config.do_sample = False
+    return model
+
+
+def num_layers_of(weights: dict[str, Tensor]) -> int:
+    """How many layers the decoder of these weights has."""
+    return 1 + max(
+        int(key.split(".layers.")[1].split(".")[0]) for key in weights if key.startswith("model.layers.")
+    )

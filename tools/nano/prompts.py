@@ -1,0 +1,133 @@
+"""Samples as the model is given them: tiles, grids and ids."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from internlm_xcomposer2.image_processing_internlm_xcomposer2 import CLIP_MEAN, CLIP_STD, global_view
+from internlm_xcomposer2.ixc_utils import (
+    BAND,
+    TilePlan,
+    composite_frames,
+    get_font,
+    num_image_tokens,
+    plan_composite,
+    plan_tiles,
+    plan_video,
+    tile_picture,
+)
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+
+from .dense import UNKNOWN, grid_labels, mark_table
+from .pictures import TILE, Picture
+from .questions import COLOURS, SHAPES
+from .samples import IMAGE_MARK, Sample, num_pictures, segments
+from .scenes import moved
+
+LAYOUT = "bottom"
+TOKENS_ALONG_TILE = 4
+MEAN = torch.tensor(CLIP_MEAN).view(3, 1, 1) * 255
+DEVIATION = torch.tensor(CLIP_STD).view(3, 1, 1) * 255
+
+
+@dataclasses.dataclass
+class Tiles:
+    """A picture as the tower sees it."""
+
+    pixels: Tensor  # (tiles, 3, 112, 112) normalised; the global view first where there are several tiles
+    labels: np.ndarray  # (tiles, 3, 16, 16) of the local tiles
+    grid: tuple[int, int]
+
+    @property
+    def num_tokens(self) -> int:
+        return num_image_tokens(*self.grid, TOKENS_ALONG_TILE)
+
+
+@dataclasses.dataclass
+class Prompt:
+    """A sample as ids: `answers` holds, for each turn, the positions whose next id has to be guessed."""
+
+    ids: list[int]
+    answers: list[range]
+    num_pictures: int
+    things: list[tuple[int, int]]  # colour, shape; by picture
+    counts: list[int]  # of objects; by picture
+    choice: tuple[int, int] | None = None  # where the number of a picture is to be said; which, from 0
+    asked: int = (
+        UNKNOWN  # which of several pictures is the right one, from 0, where the question stands first
+    )
+
+
+def normalise(tiles: np.ndarray | Tensor) -> Tensor:
+    """uint8 (tiles, 112, 112, 3) array -> normalised (tiles, 3, 112, 112)"""
+    return (torch.as_tensor(tiles).permute(0, 3, 1, 2).float() - MEAN) / DEVIATION
+
+
+def cut(picture: Picture, hd_num: int = 1) -> Tiles:
+    """A picture cut as `chat` cuts it."""
+    width, height = picture.image.size
+    return _cut_by(picture, plan_tiles(height, width, tile_size=TILE, hd_num=hd_num, layout=LAYOUT))
+
+
+def cut_video(frames: list[Picture]) -> Tiles:
+    """Frames laid out on one picture and cut as `chat` does it."""
+    image = composite_frames([frame.image for frame in frames], get_font(), tile_size=TILE)
+    sizes = [frame.image.size[::-1] for frame in frames]
+    plan, marks = plan_composite(sizes, tile_size=TILE), []
+    for frame, size, (top, left) in zip(frames, plan.frame_sizes, plan.positions, strict=True):
+        scale = size[1] / frame.image.width
+        marks += [moved(mark, scale, top + BAND, left) for mark in frame.marks]
+    return _cut_by(Picture(image, marks), plan_video(image.height, image.width, tile_size=TILE))
+
+
+def _cut_by(picture: Picture, plan: TilePlan) -> Tiles:
+    canvas = np.array(tile_picture(picture.image, plan))
+    rows, cols = plan.grid
+    marks = mark_table(picture, plan.resized[1] / picture.image.width)
+    local = canvas.reshape(rows, TILE, cols, TILE, 3).swapaxes(1, 2).reshape(-1, TILE, TILE, 3)
+    corners = [(col * TILE, row * TILE) for row in range(rows) for col in range(cols)]
+    labels = np.stack([grid_labels(marks, *corner) for corner in corners])
+    pixels = normalise(local)
+    if len(local) > 1:
+        pixels = torch.cat([global_view(normalise(canvas[None])[0], TILE), pixels])
+    return Tiles(pixels, labels, plan.grid)
+
+
+def tiles_of(sample: Sample) -> list[Tiles]:
+    """All pictures of a sample; a video is one."""
+    return (
+        [cut_video(sample.frames)]
+        if sample.frames
+        else [cut(each, sample.hd_num) for each in sample.pictures]
+    )
+
+
+def make_prompt(sample: Sample, tiles: list[Tiles], pieces: SentencePieceProcessor, image_id: int) -> Prompt:
+    """The ids of a sample; without a picture it begins with two marks of the beginning, as `chat` has it."""
+    ids, answers, pictures = [pieces.bos_id()] * (1 if tiles else 2), [], iter(tiles)
+    for text, is_answer in segments(sample):
+        if text is None:
+            ids += [image_id] * next(pictures).num_tokens
+            continue
+        piece = pieces.encode(text)
+        if is_answer:
+            answers.append(range(len(ids) - 1, len(ids) - 1 + len(piece)))
+        ids += piece
+    things = [only_thing(picture) for picture in sample.pictures]
+    counts = [sum(mark.name in SHAPES for mark in picture.marks) for picture in sample.pictures]
+    choice, asked = None, UNKNOWN
+    if sample.ability == "which":
+        question, answer = sample.turns[0]
+        choice = (answers[0].stop - 2, int(answer[-1]) - 1)  # after the digit only the turn's end is said
+        asked = choice[1] if question.index("?") < question.index(IMAGE_MARK) else UNKNOWN
+    return Prompt(ids, answers, num_pictures(sample), things, counts, choice, asked)
+
+
+def only_thing(picture: Picture) -> tuple[int, int]:
+    """Colour and shape of a picture's objects as indices, or unknown where there is no single answer."""
+    marks = {(mark.colour, mark.name) for mark in picture.marks if mark.name in SHAPES}
+    if len(marks) != 1:
+        return UNKNOWN, UNKNOWN
+    colour, shape = marks.pop()
+    return COLOURS.index(colour), SHAPES.index(shape)
