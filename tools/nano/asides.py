@@ -1,21 +1,27 @@
-"""What the decoder has to know of several pictures: terms of the loss beside that of the answers.
+"""What the decoder has to know of its pictures' tokens: terms of the loss beside that of the answers.
 
 To find the picture that was asked for, the decoder has to match words with pictures and to copy a number, and
-neither pays off without the other; these begin it. All pictures here are of one tile.
+neither pays off without the other; to say where an object is, it has to know where each token lies, which is
+of no use until it looks at the right ones. These begin it. Several pictures are of one tile each.
 """
 
+import functools
+
 import torch
+from internlm_xcomposer2.ixc_utils import num_image_tokens
 from internlm_xcomposer2.modeling_internlm2 import apply_rotary
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .dense import UNKNOWN
-from .prompts import Prompt
+from .prompts import TOKENS_ALONG_TILE, Prompt
 from .questions import COLOURS, SHAPES
 
 ORDER_LAYER, ASKED_LAYER = 2, 3  # after how many of the decoder's layers a picture's tokens have to know
 POINTER_LAYERS = (2, 3)
 MOST_PICTURES, MOST_OBJECTS = 3, 6
+MOST_TILES = 6  # along a picture
+PLACE_WEIGHT = 0.3
 
 
 class Asides(nn.Module):
@@ -28,14 +34,17 @@ class Asides(nn.Module):
         self.order_head = nn.Linear(width, MOST_PICTURES)
         self.asked_head = nn.Linear(width, 2)
         self.count_head = nn.Linear(width, MOST_OBJECTS + 1)
+        self.place_head = nn.Linear(width, 2 * (TOKENS_ALONG_TILE + MOST_TILES))
         self.losses: dict[str, float] = {}
 
     def forward(
         self, decoder: nn.Module, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]
     ) -> Tensor:
-        """The sum of all terms for prompts with equally many pictures; zero for one picture or none."""
+        """The sum of all terms for prompts with equally many pictures, at least one."""
+        place = self.place_loss(hidden, mask, prompts)
+        self.losses["place"] = place.item()
         if prompts[0].num_pictures < 2:
-            return mask.new_zeros((), dtype=torch.float32)
+            return PLACE_WEIGHT * place
         terms = {
             "names": self.names_loss(decoder, hidden, mask, prompts),
             "order": self.order_loss(hidden, mask, prompts),
@@ -44,7 +53,15 @@ class Asides(nn.Module):
             "pointer": self.pointer_loss(decoder, hidden, mask, prompts),
         }
         self.losses |= {name: term.item() for name, term in terms.items()}
-        return sum(terms.values())
+        return PLACE_WEIGHT * place + sum(terms.values())
+
+    def place_loss(self, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]) -> Tensor:
+        """How badly the tokens of local tiles know their row and column, of the tile and in it."""
+        grids = [grid for prompt in prompts for grid in prompt.grids]
+        places = torch.cat([token_places(*grid) for grid in grids])
+        logits = self.place_head(hidden[ORDER_LAYER][mask])
+        parts = logits.split((MOST_TILES, MOST_TILES, TOKENS_ALONG_TILE, TOKENS_ALONG_TILE), dim=-1)
+        return sum(known_loss(part, target) for part, target in zip(parts, places.T, strict=True))
 
     def order_loss(self, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]) -> Tensor:
         """How badly the tokens of each picture know which one they belong to.
@@ -104,6 +121,18 @@ class Asides(nn.Module):
             scores = torch.einsum("nd,nptd->npt", query[rows, positions], keys) * attention.scaling
             loss = loss + functional.cross_entropy(scores.logsumexp(-1), places)
         return loss
+
+
+@functools.cache
+def token_places(rows: int, cols: int) -> Tensor:
+    """(tokens of a picture, 4): row and column of the tile, and in it; unknown but in local tiles."""
+    side = TOKENS_ALONG_TILE
+    down = torch.arange(rows * side)[:, None].expand(-1, cols * side + 1)
+    right = torch.arange(cols * side + 1)[None].expand(rows * side, -1)
+    local = torch.stack([down // side, right // side, down % side, right % side], dim=-1)
+    local = torch.where((right < cols * side)[..., None], local, UNKNOWN).flatten(0, 1)
+    before = torch.full((num_image_tokens(rows, cols, side) - len(local), 4), UNKNOWN)
+    return torch.cat([before, local])
 
 
 def by_picture(hidden: Tensor, mask: Tensor, prompts: list[Prompt]) -> Tensor:

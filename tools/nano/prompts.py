@@ -51,6 +51,7 @@ class Prompt:
     ids: list[int]
     answers: list[range]
     num_pictures: int
+    grids: list[tuple[int, int]]  # of tiles; by picture
     things: list[tuple[int, int]]  # colour, shape; by picture
     counts: list[int]  # of objects; by picture
     choice: tuple[int, int] | None = None  # where the number of a picture is to be said; which, from 0
@@ -121,7 +122,8 @@ def make_prompt(sample: Sample, tiles: list[Tiles], pieces: SentencePieceProcess
         question, answer = sample.turns[0]
         choice = (answers[0].stop - 2, int(answer[-1]) - 1)  # after the digit only the turn's end is said
         asked = choice[1] if question.index("?") < question.index(IMAGE_MARK) else UNKNOWN
-    return Prompt(ids, answers, num_pictures(sample), things, counts, choice, asked)
+    grids = [each.grid for each in tiles]
+    return Prompt(ids, answers, num_pictures(sample), grids, things, counts, choice, asked)
 
 
 def only_thing(picture: Picture) -> tuple[int, int]:

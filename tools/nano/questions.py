@@ -175,6 +175,8 @@ MORE_QUESTIONS = {
         "Which way does the {shape} move?",
         "Where does the object go?",
     ),
+    "where_at_first": ("Where is the object in the first frame?", "Where does the {shape} start?"),
+    "where_at_last": ("Where is the object in the last frame?", "Where does the {shape} end?"),
     "last": (
         "What number is in the last frame?",
         "Which number do you see in the last frame?",

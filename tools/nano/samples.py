@@ -13,6 +13,7 @@ from .scenes import (
     draw_numbers,
     draw_receipt,
     draw_small_print,
+    place_in,
 )
 from .talk import small_talk
 from .words import FIRST_WEIGHTS, KINDS, WEIGHTS, random_string
@@ -345,7 +346,13 @@ class Drawer:
         frames = draw_motion(rng, self.split, thing, way, [at / (seconds - 1) for at in range(seconds)])
         turns = [(ask("way", rng, shape=thing.shape), way)]
         if self.training:
-            turns = self._some(turns + self._object_turns(thing), always=1)
+            turns += [
+                (ask("where_at_first", rng, shape=thing.shape), place_in(frames[0])),
+                (ask("where_at_last", rng, shape=thing.shape), place_in(frames[-1])),
+            ]
+            if rng.random() < 0.5:
+                turns = turns[1:] + turns[:1]  # the way follows from the places
+            turns = turns if rng.random() < 0.5 else self._some(turns + self._object_turns(thing), always=1)
         return self._video("way", frames, turns)
 
     def _last(self) -> Sample:

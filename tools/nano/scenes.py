@@ -85,6 +85,13 @@ def draw_at(rng: random.Random, split: str, thing: Thing) -> tuple[Picture, str]
     return Picture(sketch.image, [stamp(sketch.pen, rng, thing, x, y, side)]), PLACES[row][column]
 
 
+def place_in(picture: Picture) -> str:
+    """The name of the ninth of a picture where the centre of its only object lies."""
+    left, top, right, bottom = picture.marks[0].box
+    row = int(3 * (top + bottom) / 2 / picture.image.height)
+    return PLACES[min(2, row)][min(2, int(3 * (left + right) / 2 / picture.image.width))]
+
+
 def _near(rng: random.Random, sketch: Sketch, centre: float, side: int) -> int:
     """Where a square of `side` pixels begins whose middle lies near `centre`, as a share of the picture."""
     middle = (centre + rng.uniform(-PLACE_JITTER, PLACE_JITTER)) * sketch.height

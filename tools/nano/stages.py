@@ -1,6 +1,7 @@
 """The stages of training: what is learnt from a batch, and how well it is known."""
 
 import argparse
+import itertools
 import random
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from .dense import DenseHead, Pages, dense_loss, glyph_accuracy
 from .fonts import find_fonts
 from .model import FIRST_LAYERS, LAYERS, TOWER, grow, new_model, quicken
 from .prompts import Prompt, Tiles, make_prompt, normalise, tiles_of
-from .questions import ABILITIES, FIRST_ABILITIES
+from .questions import ABILITIES, FIRST_ABILITIES, PLACES, WAYS
 from .samples import FIRST_LESSONS, LESSONS, Drawer, Lessons, Sample
 
 DENSE_WEIGHT = 0.5  # of the dense loss beside that of the answers
 ASIDE_WEIGHT = 1.0
 CHOICE_WEIGHT = 4.0  # "picture 1" is five ids of which one is a choice, so its mean says little
+CHOICES = (*(f"picture {place}" for place in (1, 2, 3)), *WAYS, *itertools.chain(*PLACES))
 MICRO_BATCH = 16  # tiles whose activations stay in a core's cache
 READING = ("number", "word", "code")  # validated on twice as many samples
 
@@ -214,8 +216,9 @@ class JointStage(nn.Module):
         losses = functional.cross_entropy(logits, targets, reduction="none")
         right = torch.zeros_like(sizes).index_add(0, turns, (logits.argmax(-1) == targets).float())
         means = torch.zeros_like(sizes).index_add(0, turns, losses) / sizes
-        several = prompts[0].num_pictures > 1
-        aside = self.asides(self.model.model, outputs.hidden_states, mask, prompts) if several else 0.0
+        aside = 0.0
+        if mask is not None:
+            aside = self.asides(self.model.model, outputs.hidden_states, mask, prompts)
         return means, right == sizes, aside
 
     @torch.inference_mode()
@@ -276,7 +279,7 @@ def parts_of(sample: Sample) -> list[list[str]]:
 
 def answer_weight(turn: tuple[str, str]) -> float:
     """What the mean loss of a turn's answer counts."""
-    return CHOICE_WEIGHT if turn[1].startswith("picture") else 1.0
+    return CHOICE_WEIGHT if turn[1] in CHOICES else 1.0
 
 
 def spans(prompts: list[Prompt]) -> list[tuple[int, int, range]]:
