@@ -340,6 +340,12 @@ def test_nonsense_is_refused_before_the_model_is_loaded(base, rows, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
+def test_a_missing_tensorboard_is_named(base, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.arguments.is_tensorboard_available", lambda: False)
+    with pytest.raises(ImportError, match=r"\[finetune\]"):
+        run(base, rows, tmp_path / "out", "--report_to", "tensorboard")
+
+
 def test_a_finished_model_is_not_overwritten(base, rows, tmp_path):
     (tmp_path / "final").mkdir()
     with pytest.raises(FileExistsError, match="holds a finished model"):
