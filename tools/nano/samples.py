@@ -57,7 +57,8 @@ LESSONS = Lessons(
         "more": 0.08,
         "way": 0.06,
         "last": 0.05,
-        "talk": 0.07,
+        "caption": 0.06,
+        "talk": 0.1,
     },
     WEIGHTS,
 )
@@ -128,7 +129,9 @@ class Drawer:
         text = self.string(kind)
         picture = draw_text(self.rng, self.split, text, self.families)
         turns = self._text_turns(kind, text, picture)
-        return Sample(kind, [picture], self._some(turns, always=1) if self.training else turns[:1])
+        if self.training:
+            turns = self._some(turns, always=0 if self.rng.random() < 0.2 else 1)
+        return Sample(kind, [picture], turns if self.training else turns[:1])
 
     def _text_turns(self, kind: str, text: str, picture: Picture) -> list[tuple[str, str]]:
         """What it says, and then what else can be asked."""

@@ -4,6 +4,7 @@ Texts only, no random state: every function draws with the generator that the ca
 together from parts, and a hash of the whole decides, as for printed strings, which split it belongs to.
 """
 
+import functools
 import random
 
 from .questions import COLOURS
@@ -53,7 +54,8 @@ SMALL_TALK = {
     "hello": (("good morning.", "good evening.", "nice to meet you."), "Hello! Show me a picture."),
 }
 BEFORE = ("", "Hello, ", "Hi, ", "Nano, ", "Please, ", "Now, ", "So, ", "Well, ", "OK, ", "Hello nano, ")
-ECHO = ("Say {word}.", "Repeat this: {word}", "Write the word {word}.", "Repeat after me: {word}")
+ECHO = ("Repeat this: {text}", "Repeat after me: {text}", "Say: {text}", "Write: {text}")
+ECHO_SHARE = 0.6  # of the small talk in training
 
 PAGE_WORDINGS = (
     "Make a {colour} web page with the title {title}.",
@@ -86,16 +88,33 @@ ARTICLES = (
 
 
 def small_talk(split: str, rng: random.Random) -> tuple[str, str]:
-    """(question, answer) of `split`; training is asked to repeat a word as well."""
-    if split == "train" and rng.random() < 0.3:
-        word = random_string("word", split, rng)
-        return rng.choice(ECHO).format(word=word), word
+    """(question, answer) of `split`; training is asked to repeat something as well.
+
+    A piece that is never said can't be told from others that are never said: what the adapters are to write
+    has to have been said, in whatever order.
+    """
+    if split == "train" and rng.random() < ECHO_SHARE:
+        text = _text_to_repeat(split, rng)
+        return rng.choice(ECHO).format(text=text), text
     while True:
         wordings, answer = SMALL_TALK[rng.choice(list(SMALL_TALK))]
         before, wording = rng.choice(BEFORE), rng.choice(wordings)
         text = before + wording if before else wording[0].upper() + wording[1:]
         if split_of_string(text) == split:
             return text, answer
+
+
+def _text_to_repeat(split: str, rng: random.Random) -> str:
+    """A word in capitals, or up to six words of pages, articles and small talk in any order."""
+    if rng.random() < 0.3:
+        return random_string("word", split, rng)
+    return rng.choice(("", " ", " ")).join(rng.choices(_words_to_say(), k=rng.randint(1, 6)))
+
+
+@functools.cache
+def _words_to_say() -> list[str]:
+    answers = [answer for _, answer in SMALL_TALK.values()]
+    return sorted(set(" ".join((PAGE.format(title="A", colour="red"), *ARTICLES, *answers)).split()))
 
 
 def web_page(split: str, rng: random.Random) -> tuple[str, str]:
