@@ -19,8 +19,10 @@ def draw(log: Path, path: Path) -> None:
     from matplotlib import pyplot
 
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    losses = [line for line in lines if "loss" in line]
-    scores = [line for line in lines if "score" in line]
+    # A run that was stopped goes on from what it saved last: of a step that came twice the later one counts.
+    losses = list({line["step"]: line for line in lines if "loss" in line}.values())
+    scores = list({line["step"]: line for line in lines if "score" in line}.values())
+    losses.sort(key=lambda line: line["step"])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot([line["step"] for line in losses], [line["loss"] for line in losses], color="black")
     left.set(title="Loss of the answers", xlabel="step", yscale="log")
