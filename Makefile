@@ -1,6 +1,6 @@
 # make demo   questions about the pictures in examples/, with the model's answers
 # make test   the tests, on a CPU and offline
-# make nano   trains the checkpoint in the root again, in about two hours on two idle cores (docs/nano.md)
+# make nano   trains the checkpoint in the root again, in about four hours on two idle cores (docs/nano.md)
 #
 # All create .venv once and reuse it. TORCH is the torch requirement to install: the default is what pip
 # takes for this machine, `TORCH=torch==2.13.0` pins a version.
@@ -29,7 +29,7 @@ test: $(TEST)
 nano: $(DEMO)
 	.venv/bin/python -m tools.nano.train dense --steps 1150 --batch 64 --out runs/dense
 	.venv/bin/python -m tools.nano.train joint --steps 3500 --start runs/dense/last.pt --out runs/joint
-	.venv/bin/python -m tools.nano.train full --steps 3200 --muon-lr 0.012 --start runs/joint/best.pt --out runs/full
+	.venv/bin/python -m tools.nano.train full --steps 2350 --muon-lr 0.012 --start runs/joint/best.pt --out runs/full
 	.venv/bin/python -m tools.nano.train export --checkpoint runs/full/best.pt --out .
 	.venv/bin/python evaluation/nano_accuracy.py $(ARGS)
 

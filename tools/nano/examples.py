@@ -11,9 +11,11 @@ from PIL import Image, ImageDraw
 
 from .fonts import find_fonts
 from .pictures import Picture, Thing, draw_object, draw_objects, draw_text, stamp
+from .scenes import draw_receipt, draw_small_print
 from .words import split_of_string
 
-NUMBER, WORD = "6143", "CLOUD"
+NUMBER, WORD, SMALL = "6143", "CLOUD", "ART"
+RECEIPT = [("TEA", "4"), ("CAKE", "11"), ("TOTAL", "15")]
 VIDEO_SIZE = (240, 180)  # (width, height) px
 FRAMES_PER_SECOND, SECONDS = 10, 3
 
@@ -30,15 +32,19 @@ def draw_examples(seed: int) -> dict[str, Picture]:
         "ring.jpg": draw_object(rng, "held_back", Thing("ring", "green")),
         "circles.png": draw_objects(rng, "held_back", circles),
         "objects.png": draw_objects(rng, "held_back", objects),
+        "receipt.png": draw_receipt(rng, "held_back", RECEIPT, families),
+        "small.png": draw_small_print(rng, "held_back", SMALL, families, tiles_along=3),
     }
 
 
 def draw_video() -> list[Image.Image]:
-    """Frames of a red circle that moves from left to right, of one size."""
+    """Frames of a red circle that moves from left to right and stays there."""
     frames = []
     for number in range(FRAMES_PER_SECOND * SECONDS):
         image = Image.new("RGB", VIDEO_SIZE, "white")
-        stamp(ImageDraw.Draw(image), random.Random(0), Thing("circle", "red"), 11 + 5 * number, 53, 71)
+        stamp(
+            ImageDraw.Draw(image), random.Random(0), Thing("circle", "red"), min(7 + 8 * number, 163), 53, 71
+        )
         frames.append(image)
     return frames
 
@@ -62,8 +68,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=5)
     arguments = parser.parse_args()
-    if {split_of_string(NUMBER), split_of_string(WORD)} != {"held_back"}:
-        raise ValueError(f"{NUMBER} and {WORD} are not both held back; choose others")
+    for text in (NUMBER, WORD, SMALL, RECEIPT[-1][1]):
+        if split_of_string(text) != "held_back":
+            raise ValueError(f"{text} is not held back; choose another")
     for name, picture in draw_examples(arguments.seed).items():
         picture.image.save(arguments.out / name, **({"quality": 90} if name.endswith(".jpg") else {}))
     write_video(arguments.out / "circle.mp4", draw_video())

@@ -112,26 +112,29 @@ def make_config(
     )
 
 
-def export(checkpoint: Path, root: Path, out: Path) -> None:
+def export(checkpoint: Path, root: Path, out: Path, adapters: bool = False) -> None:
     """Writes `config.json`, `generation_config.json` and the weights, in float16, into `out`.
 
-    `checkpoint` is one of a stage, which gets task adapters that do nothing yet, or the folder of a model
-    whose adapters were trained.
+    `checkpoint` is one of a stage, with `adapters` given new ones that do nothing yet, or the folder of a
+    model whose adapters were trained.
     """
     if checkpoint.is_dir():
         model = InternLMXComposer2ForCausalLM.from_pretrained(checkpoint)
     else:
-        model = with_adapters(torch.load(checkpoint, weights_only=True)["model"], root)
+        state = torch.load(checkpoint, weights_only=True)["model"]
+        model = model_of(state, root, TASK_ADAPTERS if adapters else {})
     model.config.auto_map = dict(CONFIG_AUTO_MAP)
     model.half().save_pretrained(out)
 
 
-def with_adapters(state: dict[str, Tensor], root: Path) -> InternLMXComposer2ForCausalLM:
-    """The model of a stage's checkpoint, with new task adapters."""
+def model_of(
+    state: dict[str, Tensor], root: Path, task_adapters: dict[str, int]
+) -> InternLMXComposer2ForCausalLM:
+    """The model of a stage's checkpoint, with new task adapters of these ranks."""
     pieces = SentencePieceProcessor(model_file=str(root / "tokenizer.model"))
     weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
     torch.manual_seed(0)
-    model = InternLMXComposer2ForCausalLM(make_config(pieces, num_layers_of(weights), TASK_ADAPTERS))
+    model = InternLMXComposer2ForCausalLM(make_config(pieces, num_layers_of(weights), task_adapters))
     for name, parameter in model.named_parameters():
         if ".lora_" in name and "_B." in name:
             nn.init.zeros_(parameter)

@@ -51,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fonts", nargs="*", help="folders of fonts; /usr/share/fonts by default")
     parser.add_argument("--start", type=Path, help="checkpoint of the stage before to start from")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint to export")
+    parser.add_argument("--adapters", action="store_true", help="export with task adapters to be trained")
     parser.add_argument("--validate-every", type=int, default=500, help="steps")
     parser.add_argument("--validation", type=int, default=100, help="samples of each ability to choose by")
     parser.add_argument("--muon-lr", type=float, default=MUON["lr"])
@@ -224,7 +225,7 @@ def resuming(arguments: argparse.Namespace) -> bool:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.stage == "export":
-        export(arguments.checkpoint, arguments.root, arguments.out)
+        export(arguments.checkpoint, arguments.root, arguments.out, arguments.adapters)
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "store").unlink(missing_ok=True)
