@@ -28,6 +28,8 @@ TRUE_ANSWERS = (
     "word.jpg: CLOUD",
     "ring.jpg: green",
     "circles.png: 4",
+    "'ART'",
+    "'right'",
 )
 
 
