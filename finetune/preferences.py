@@ -145,11 +145,11 @@ class PairDataset(Dataset):
             raise ValueError("there are no pairs to train on")
         if too_long != "error":
             raise ValueError(f"too_long={too_long!r}: the score is read at the end, which can't be cut away")
-        self.pairs = list(pairs)
+        self.rows = list(pairs)
         self.encoder = PairEncoder(processor, max_length, layout, hd_num)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, dict[str, Tensor]]:
         """`chosen` and `rejected`, each as `RowEncoder.encode` gives it.
@@ -157,7 +157,7 @@ class PairDataset(Dataset):
         Raises:
             RowFault: a row is bad; the message names its file, its number and everything wrong with it.
         """
-        return {side: self.encoder.encode(getattr(self.pairs[index], side)) for side in SIDES}
+        return {side: self.encoder.encode(getattr(self.rows[index], side)) for side in SIDES}
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -167,11 +167,11 @@ class PairDataset(Dataset):
             RowFault: at the first bad row.
         """
         known: dict[tuple, int] = {}  # pairs of a mixture repeat
-        for pair in self.pairs:
+        for pair in self.rows:
             if (pair.source, pair.index) not in known:
                 plans = [self.encoder.plan(getattr(pair, side), decode=False) for side in SIDES]
                 known[pair.source, pair.index] = max(len(plan.ids) for plan in plans)
-        return [known[pair.source, pair.index] for pair in self.pairs]
+        return [known[pair.source, pair.index] for pair in self.rows]
 
 
 class PairCollator(Collator):

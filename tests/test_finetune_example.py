@@ -15,7 +15,7 @@ from finetune.example import LETTERS, draw  # noqa: E402
 # What each command gets besides what is documented; later flags win.
 SHORTER = {
     "draw": ["--train", "480", "--eval", "8", "--test", "24"],
-    "finetune.train": ["--max_steps", "60", "--report_to", "none", "--disable_tqdm", "True"],
+    "finetune.train": ["--max_steps", "100", "--report_to", "none", "--disable_tqdm", "True"],
 }
 
 
