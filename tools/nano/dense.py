@@ -18,7 +18,7 @@ from .questions import COLOURS, SHAPES
 POINTS = 16  # along each side of a tile; patches are 2 x 2 points
 PATCH_POINTS = 2
 NAMES = ("", *"0123456789", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *SHAPES)
-NUM_PLACES = 5
+NUM_PLACES = 8
 FIELDS = (len(NAMES), NUM_PLACES, len(COLOURS))  # what, which character of its string, in which colour
 BACKGROUND_WEIGHT = 0.2
 UNKNOWN = -100
@@ -55,8 +55,11 @@ def mark_table(picture: Picture, scale: float) -> np.ndarray:
 class Pages:
     """A pool of pages, each cut many times before a fresh one takes its place."""
 
-    def __init__(self, rng: random.Random, families: list[list[str]], size: int = 40):
+    def __init__(self, rng: random.Random, families: list[list[str]], size: int = 40, first: int = 10):
+        """A pool of `size` pages at most, `first` of them drawn at once."""
         self.rng, self.families, self.size, self.pool = rng, families, size, []
+        for _ in range(first):
+            self.renew()
 
     def renew(self) -> None:
         """Draws one more page, at a random scale, and drops the oldest once the pool is full."""
@@ -68,10 +71,11 @@ class Pages:
 
     def draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(count, 112, 112, 3) tiles and (count, 3, 16, 16) labels."""
-        tiles, labels = zip(*(self._cut() for _ in range(count)), strict=True)
+        tiles, labels = zip(*(self.cut() for _ in range(count)), strict=True)
         return np.stack(tiles), np.stack(labels)
 
-    def _cut(self) -> tuple[np.ndarray, np.ndarray]:
+    def cut(self) -> tuple[np.ndarray, np.ndarray]:
+        """One (112, 112, 3) tile and its (3, 16, 16) labels."""
         image, marks = self.rng.choice(self.pool)
         top, left = (self.rng.randrange(0, image.shape[0] - TILE + 1, 2) for _ in range(2))
         return image[top : top + TILE, left : left + TILE], grid_labels(marks, left, top)

@@ -1,6 +1,7 @@
 """Samples as the model is given them: tiles, grids and ids."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class Tiles:
     pixels: Tensor  # (tiles, 3, 112, 112) normalised; the global view first where there are several tiles
     labels: np.ndarray  # (tiles, 3, 16, 16) of the local tiles
     grid: tuple[int, int]
+    strings: list[tuple[str, np.ndarray]]  # what is printed, and (characters, 4) boxes in pixels of the tiles
 
     @property
     def num_tokens(self) -> int:
@@ -54,6 +56,7 @@ class Prompt:
     grids: list[tuple[int, int]]  # of tiles; by picture
     things: list[tuple[int, int]]  # colour, shape; by picture
     counts: list[int]  # of objects; by picture
+    reads: list[tuple[int, list[int]]]  # where a character is to be said, and the positions that show it
     choice: tuple[int, int] | None = None  # where the number of a picture is to be said; which, from 0
     asked: int = (
         UNKNOWN  # which of several pictures is the right one, from 0, where the question stands first
@@ -92,7 +95,17 @@ def _cut_by(picture: Picture, plan: TilePlan) -> Tiles:
     pixels = normalise(local)
     if len(local) > 1:
         pixels = torch.cat([global_view(normalise(canvas[None])[0], TILE), pixels])
-    return Tiles(pixels, labels, plan.grid)
+    return Tiles(pixels, labels, plan.grid, strings_of(picture, marks))
+
+
+def strings_of(picture: Picture, table: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """The strings on a picture, in the order of writing, with the boxes of their characters."""
+    starts = [at for at, mark in enumerate(picture.marks) if mark.index == 0] + [len(picture.marks)]
+    return [
+        ("".join(mark.name for mark in picture.marks[start:end]), table[start:end, :4])
+        for start, end in itertools.pairwise(starts)
+        if picture.marks[start].name not in SHAPES
+    ]
 
 
 def tiles_of(sample: Sample) -> list[Tiles]:
@@ -123,7 +136,50 @@ def make_prompt(sample: Sample, tiles: list[Tiles], pieces: SentencePieceProcess
         choice = (answers[0].stop - 2, int(answer[-1]) - 1)  # after the digit only the turn's end is said
         asked = choice[1] if question.index("?") < question.index(IMAGE_MARK) else UNKNOWN
     grids = [each.grid for each in tiles]
-    return Prompt(ids, answers, num_pictures(sample), grids, things, counts, choice, asked)
+    reads = reads_of(sample, tiles, ids, answers, pieces, image_id) if len(tiles) == 1 else []
+    return Prompt(ids, answers, num_pictures(sample), grids, things, counts, reads, choice, asked)
+
+
+def reads_of(
+    sample: Sample,
+    tiles: list[Tiles],
+    ids: list[int],
+    answers: list[range],
+    pieces: SentencePieceProcessor,
+    image_id: int,
+) -> list[tuple[int, list[int]]]:
+    """Where the only picture has to be read, and what has to be looked at then.
+
+    Of a string that is printed twice it is the last one."""
+    reads, grid = [], tiles[0].grid
+    first = ids.index(image_id) + tiles[0].num_tokens - local_tokens(grid)
+    printed = dict(tiles[0].strings)
+    for (_, answer), span in zip(sample.turns, answers, strict=True):
+        text = answer.split('"')[1] if '"' in answer else answer
+        said = [pieces.id_to_piece(ids[at + 1]).removeprefix("\u2581") for at in span]
+        start = next((at for at in range(len(said)) if said[at : at + len(text)] == list(text)), None)
+        if text in printed and start is not None:
+            for at, box in enumerate(printed[text]):
+                reads.append((span[start + at], [first + token for token in tokens_under(box, grid)]))
+    return reads
+
+
+def local_tokens(grid: tuple[int, int]) -> int:
+    """How many tokens, newlines among them, the local tiles of a picture have."""
+    rows, cols = grid
+    return rows * TOKENS_ALONG_TILE * (cols * TOKENS_ALONG_TILE + 1)
+
+
+def tokens_under(box: np.ndarray, grid: tuple[int, int]) -> list[int]:
+    """The local tokens, from 0, under the middle half of a box (left, top, right, bottom) of tile pixels."""
+    side = TILE / TOKENS_ALONG_TILE
+    quarter = (box[2:] - box[:2]) / 4
+    limits = np.array([grid[1], grid[0]]) * TOKENS_ALONG_TILE - 1
+    (left, top), (right, bottom) = (
+        np.clip(corner // side, 0, limits).astype(int) for corner in (box[:2] + quarter, box[2:] - quarter)
+    )
+    along = grid[1] * TOKENS_ALONG_TILE + 1
+    return [row * along + column for row in range(top, bottom + 1) for column in range(left, right + 1)]
 
 
 def only_thing(picture: Picture) -> tuple[int, int]:
