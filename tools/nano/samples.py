@@ -15,7 +15,7 @@ from .scenes import (
     draw_small_print,
     place_in,
 )
-from .talk import small_talk
+from .talk import article, small_talk, web_page
 from .words import FIRST_WEIGHTS, KINDS, WEIGHTS, random_string
 
 IMAGE_MARK = "<ImageHere>"
@@ -47,18 +47,20 @@ LESSONS = Lessons(
     {
         "number": 0.08,
         "word": 0.13,
-        "code": 0.09,
-        "small": 0.07,
-        "total": 0.09,
-        "object": 0.05,
-        "count": 0.09,
-        "where": 0.05,
-        "which": 0.09,
-        "more": 0.08,
-        "way": 0.06,
-        "last": 0.05,
+        "code": 0.13,
+        "small": 0.13,
+        "total": 0.12,
+        "object": 0.02,
+        "count": 0.04,
+        "where": 0.02,
+        "which": 0.03,
+        "more": 0.03,
+        "way": 0.03,
+        "last": 0.08,
         "caption": 0.06,
-        "talk": 0.1,
+        "talk": 0.05,
+        "page": 0.03,
+        "article": 0.02,
     },
     WEIGHTS,
 )
@@ -115,6 +117,8 @@ class Drawer:
             "follow-up": self._follow_up,
             "caption": self._caption,
             "talk": self._talk,
+            "page": self._page,
+            "article": self._article,
         }
         return methods[ability]() if ability in methods else self._object(ability)
 
@@ -166,7 +170,9 @@ class Drawer:
 
     def _receipt(self) -> Sample:
         rng = self.rng
-        total = random_string("number", self.split, rng, rng.choice((2, 2, 3)))
+        total = random_string(
+            "number", self.split, rng, rng.choice((2, 3, 3, 3) if self.training else (2, 2, 3))
+        )
         count = rng.randint(2, 3)
         if int(total) < count:
             return self._receipt()
@@ -360,7 +366,8 @@ class Drawer:
 
     def _last(self) -> Sample:
         rng, seconds = self.rng, self.rng.choice(FRAMES)
-        numbers = [self.string("number", rng.randint(1, 4)) for _ in range(seconds)]
+        lengths = (1, 2, 3, 3, 4, 4, 4) if self.training else (1, 2, 3, 4)
+        numbers = [self.string("number", rng.choice(lengths)) for _ in range(seconds)]
         frames = draw_numbers(rng, self.split, numbers, self.families)
         return self._video("last", frames, [(ask("last", rng), numbers[-1])])
 
@@ -374,6 +381,12 @@ class Drawer:
         if self.training and self.rng.random() < 0.3:
             turns.append(small_talk(self.split, self.rng))
         return Sample("talk", [], turns)
+
+    def _page(self) -> Sample:
+        return Sample("page", [], [web_page(self.split, self.rng)])
+
+    def _article(self) -> Sample:
+        return Sample("article", [], [article(self.split, self.rng)])
 
 
 def with_article(thing: Thing) -> str:

@@ -23,12 +23,13 @@ from .questions import PLACES
 
 RECEIPT_SIZES = (15, 22)  # em, tile px
 LINE_SPACING = 1.3  # em
-SMALL_SIZES = (16, 28)  # em, pixels of the cut tiles
+SMALL_SIZES = (22, 34)  # em, pixels of the cut tiles
 LARGE_SIDES = (3 * TILE, 8 * TILE)  # px, of pictures with small print
 PLACED_SIZES = (18, 34)  # diameter, tile px
 PLACE_JITTER = 0.08  # of the picture's side
 FRAME_SIDES = (112, 320)  # px, longer side of a video
 FRAME_PROPORTIONS = ((4, 3), (4, 3), (16, 9), (3, 4), (1, 1))  # width, height
+LEAST_WAY = 0.4  # of the way across that a moving object covers
 MOVING_SIZES = (0.22, 0.4)  # diameter, of the shorter side
 FRAME_TEXT_SIZES = (0.2, 0.4)  # em, of the longer side
 COMPRESSED_SHARE = 0.5  # of the videos in training, whose frames have a codec's marks
@@ -102,7 +103,8 @@ def draw_motion(rng: random.Random, split: str, thing: Thing, way: str, times: l
     """Frames at `times`, from 0 to 1, of an object that crosses the picture."""
     height, width, background = _stage(rng, split)
     side = int(rng.uniform(*MOVING_SIZES) * min(height, width))
-    begin, end = rng.uniform(0, 0.2), rng.uniform(0.8, 1)
+    begin = rng.uniform(0, 1 - LEAST_WAY)
+    end = rng.uniform(begin + LEAST_WAY, 1)
     if way in ("left", "up"):
         begin, end = end, begin
     across, seed = rng.random(), rng.random()

@@ -127,8 +127,8 @@ def web_page(split: str, rng: random.Random) -> tuple[str, str]:
 def article(split: str, rng: random.Random) -> tuple[str, str]:
     """(instruction, article) for `write_artical`, about a word of `split`.
 
-    Which of the articles it is follows from the length of the word, so that there is one right answer.
+    Which of the articles it is follows from the wording, so that there is one right answer.
     """
-    word = random_string("word", split, rng)
-    instruction = rng.choice(PAGE_BEFORE) + rng.choice(ARTICLE_WORDINGS).format(word=word)
-    return instruction, ARTICLES[len(word) % len(ARTICLES)].format(word=word)
+    word, index = random_string("word", split, rng), rng.randrange(len(ARTICLE_WORDINGS))
+    instruction = rng.choice(PAGE_BEFORE) + ARTICLE_WORDINGS[index].format(word=word)
+    return instruction, ARTICLES[index % len(ARTICLES)].format(word=word)

@@ -28,9 +28,9 @@ KINDS = ("number", "word", "code")  # digits, capitals, both
 # How often training draws each length: long strings are the hard ones. The first lessons stop at five.
 FIRST_WEIGHTS = {"number": (1, 2, 3, 5), "word": (1, 2, 3, 4, 6)}
 WEIGHTS = {
-    "number": (1, 1, 2, 3, 3, 4, 4, 5),
-    "word": (1, 1, 2, 3, 4, 5, 5, 6),
-    "code": (0, 1, 2, 3, 3, 4, 4, 5),
+    "number": (1, 1, 2, 2, 3, 4, 5, 6),
+    "word": (1, 1, 2, 3, 4, 5, 6, 7),
+    "code": (0, 1, 2, 3, 3, 4, 5, 6),
 }
 
 
