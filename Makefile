@@ -1,6 +1,6 @@
 # make demo   questions about the pictures in examples/, with the model's answers
 # make test   the tests, on a CPU and offline
-# make nano   trains the checkpoint in the root again, in about four hours on two idle cores (docs/nano.md)
+# make nano   trains the checkpoint in the root again, in about five hours on two idle cores (docs/nano.md)
 #
 # All create .venv once and reuse it. TORCH is the torch requirement to install: the default is what pip
 # takes for this machine, `TORCH=torch==2.13.0` pins a version.
@@ -13,6 +13,12 @@ ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
+
+# The stages of nano, and what is trained on the last of them
+STAGE := .venv/bin/torchrun --nproc-per-node 2 -m tools.nano.train --stage
+ADAPTER := .venv/bin/python -m finetune.train --train adapter --layout training --max_steps 700 \
+	--per_device_train_batch_size 16 --learning_rate 3e-3 --warmup_steps 20 --weight_decay 0 \
+	--save_strategy no --report_to none --check_data False
 
 KEY := $(firstword $(shell echo '$(TORCH)' | cksum))
 DEMO := .venv/.demo-$(KEY)
@@ -27,10 +33,15 @@ test: $(TEST)
 	.venv/bin/python -m pytest $(ARGS)
 
 nano: $(DEMO)
-	.venv/bin/python -m tools.nano.train dense --steps 1150 --batch 64 --out runs/dense
-	.venv/bin/python -m tools.nano.train joint --steps 3500 --start runs/dense/last.pt --out runs/joint
-	.venv/bin/python -m tools.nano.train full --steps 2350 --muon-lr 0.012 --start runs/joint/best.pt --out runs/full
-	.venv/bin/python -m tools.nano.train export --checkpoint runs/full/best.pt --out .
+	$(STAGE) dense --output_dir runs/dense --max_steps 1150 --per_device_train_batch_size 64
+	$(STAGE) joint --output_dir runs/joint --max_steps 3500 --stage_before runs/dense/best
+	$(STAGE) full --output_dir runs/full --max_steps 5000 --stage_before runs/joint/best --muon_lr 0.012
+	.venv/bin/python -m tools.nano.export --checkpoint runs/full/best --out . --adapters
+	.venv/bin/python -m tools.nano.rows web --out runs/web.jsonl
+	.venv/bin/python -m tools.nano.rows write --out runs/write.jsonl
+	$(ADAPTER) --model_name_or_path . --infer_mode web --data_path runs/web.jsonl --output_dir runs/web
+	$(ADAPTER) --model_name_or_path runs/web/final --infer_mode write --data_path runs/write.jsonl --output_dir runs/write
+	.venv/bin/python -m tools.nano.export --checkpoint runs/write/final --out .
 	.venv/bin/python evaluation/nano_accuracy.py $(ARGS)
 
 clean:

@@ -1,7 +1,5 @@
 """Nano: what it is trained on, that training learns, and that the checkpoint in the root answers."""
 
-import argparse
-import json
 import random
 import re
 import sys
@@ -10,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoTokenizer, TrainingArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.nano import stages, train  # noqa: E402
+from tools.nano import export, stages, train  # noqa: E402
 from tools.nano.dense import NAMES, grid_labels, mark_table  # noqa: E402
 from tools.nano.fonts import BUILT_IN, SPLITS, split_of  # noqa: E402
 from tools.nano.model import FIRST_LAYERS  # noqa: E402
@@ -23,6 +23,7 @@ from tools.nano.pictures import TILE, draw_text  # noqa: E402
 from tools.nano.prompts import cut, make_prompt, tiles_of  # noqa: E402
 from tools.nano.questions import ABILITIES, every_text  # noqa: E402
 from tools.nano.samples import Drawer, Lessons, Sample  # noqa: E402
+from tools.nano.stages import StageArguments  # noqa: E402
 from tools.nano.talk import PAGE, article, web_page  # noqa: E402
 from tools.nano.train_tokenizer import train as train_tokenizer  # noqa: E402
 from tools.nano.words import KINDS, WEIGHTS, random_string, split_of_string  # noqa: E402
@@ -41,19 +42,8 @@ def images_of(sample: Sample) -> list | None:
     return [picture.image for picture in sample.pictures] or None
 
 
-def arguments(folder: Path, **changes) -> argparse.Namespace:
-    """Those of a training run of a few steps in one process."""
-    fixed = {
-        "out": folder,
-        "root": ROOT,
-        "processes": 1,
-        "minutes": 1.0,
-        "seed": 0,
-        "fonts": None,
-        "start": None,
-        "validation": 1,
-    }
-    return argparse.Namespace(**{**fixed, "validate_every": 100, "muon_lr": 0.02, "batch": 8, **changes})
+def arguments(stage: str = "joint", **changes) -> StageArguments:
+    return StageArguments(stage, root=ROOT, **{"validation": 1, **changes})
 
 
 @pytest.fixture
@@ -177,6 +167,29 @@ def test_labels_of_a_tile_follow_its_corner():
     assert not grid_labels(marks, right + 1, top)[0].any()
 
 
+@pytest.mark.parametrize("ability", ["word", "total", "small", "last", "caption"])
+def test_what_has_to_be_looked_at_lies_under_the_character_to_be_said(ability, nano):
+    tokenizer, model = nano
+    rng, found = random.Random(3), 0
+    for _ in range(20):
+        sample = draw(ability, "train", rng)
+        tiles = tiles_of(sample)
+        prompt = make_prompt(sample, tiles, tokenizer.sp_model, model.config.image_token_id)
+        last = max(at for at, token in enumerate(prompt.ids) if token == model.config.image_token_id)
+        rows, cols = (4 * count for count in tiles[0].grid)
+        boxes = [
+            (name, box) for text, table in tiles[0].strings for name, box in zip(text, table, strict=True)
+        ]
+        for at, tokens in prompt.reads:
+            places = [divmod(token - (last + 1 - rows * (cols + 1)), cols + 1) for token in tokens]
+            said = tokenizer.decode([prompt.ids[at + 1]])
+            middles = [box.reshape(2, 2).mean(0) for name, box in boxes if name == said]
+            assert any((int(y // 28), int(x // 28)) in places for x, y in middles)
+            assert all(column < cols for _, column in places)  # never a newline
+            found += 1
+    assert found > 5
+
+
 @pytest.mark.parametrize(
     "ability", ["word", "total", "small", "which", "more", "way", "last", "talk", "follow-up"]
 )
@@ -216,9 +229,9 @@ def test_the_tokenizer_knows_every_wording():
 # ---- training ----
 
 
-def test_the_quickened_model_computes_the_same(tmp_path, built_in_font, monkeypatch):
+def test_the_quickened_model_computes_the_same(built_in_font, monkeypatch):
     monkeypatch.setattr(stages.JointStage, "draw_unseen", lambda *_: [])
-    stage = stages.JointStage(arguments(tmp_path), random.Random(0))
+    stage = stages.JointStage(arguments(), random.Random(0))
     for name, parameter in stage.model.named_parameters():
         if "Plora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -249,9 +262,9 @@ def model_inputs(tiles: list, prompt) -> dict[str, torch.Tensor]:
 def test_new_layers_change_nothing_at_first(tmp_path, built_in_font, monkeypatch):
     for stage in (stages.JointStage, stages.FullStage):
         monkeypatch.setattr(stage, "draw_unseen", lambda *_: [])
-    first = stages.JointStage(arguments(tmp_path), random.Random(0))
-    torch.save({"model": first.state_dict()}, tmp_path / "joint.pt")
-    full = stages.FullStage(arguments(tmp_path, start=tmp_path / "joint.pt"), random.Random(0))
+    first = stages.JointStage(arguments(), random.Random(0))
+    save_file(first.state_dict(), tmp_path / stages.WEIGHTS)
+    full = stages.FullStage(arguments("full", stage_before=tmp_path), random.Random(0))
     assert len(full.model.model.layers) > FIRST_LAYERS == len(first.model.model.layers)
     _, tiles, prompt = first.case(draw("which", "train", random.Random(4)))
     with torch.no_grad():
@@ -259,31 +272,57 @@ def test_new_layers_change_nothing_at_first(tmp_path, built_in_font, monkeypatch
     torch.testing.assert_close(before, after)
 
 
-def test_a_few_steps_lower_the_loss_and_a_run_resumes(tmp_path, built_in_font, monkeypatch):
-    monkeypatch.setattr(train, "LOG_EVERY", 4)
-    run(arguments(tmp_path, stage="full", steps=16))
-    losses = [line["loss"] for line in _log(tmp_path) if "loss" in line]
+def test_a_few_steps_lower_the_loss_and_a_run_resumes(tmp_path, built_in_font):
+    whole = run(arguments("full"), tmp_path / "whole", max_steps=16, save_steps=8, eval_steps=8)
+    losses = [line["loss"] for line in whole if "loss" in line]
     assert losses[-1] < losses[0] - 0.5
-    run(arguments(tmp_path, stage="full", steps=17))
-    assert _log(tmp_path)[-1]["step"] == 17
+    checkpoint = tmp_path / "whole" / "checkpoint-8"
+    resumed = run(arguments("full"), tmp_path / "rest", max_steps=16, resume_from_checkpoint=str(checkpoint))
+    again = [line["loss"] for line in resumed if "loss" in line]
+    assert again == pytest.approx(losses, rel=0.05)  # the full tiles beside the samples are others
+
+
+def test_a_step_sets_every_weight_by_the_schedule(built_in_font, monkeypatch):
+    """Muon and AdamW are one optimizer: its learning rates are theirs, after loading a state, too."""
+    optimizer = train.MuonAdamW(stages.DenseStage(arguments("dense"), random.Random(0)), 0.02, 0.001)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.001, 0.001]
+    optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = [weight.clone() for group in optimizer.param_groups for weight in group["params"]]
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    after = [weight for group in optimizer.param_groups for weight in group["params"]]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    optimizer.step()
+    assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
 def test_a_short_run_learns_to_name_colours(tmp_path, built_in_font, monkeypatch):
     """From scratch, in half a minute, far above the one in eight of chance."""
     monkeypatch.setattr(stages.JointStage, "lessons", Lessons({"colour": 1.0}, WEIGHTS, several=False))
     monkeypatch.setattr(stages.JointStage, "abilities", ("colour",))
-    run(arguments(tmp_path, stage="joint", steps=60, batch=32, validation=100))
-    assert _log(tmp_path)[-1]["colour"] > 0.5
+    log = run(arguments(validation=100), tmp_path, max_steps=60, per_device_train_batch_size=32)
+    assert next(line["eval_colour"] for line in log if line["step"] == 60 and "eval_colour" in line) > 0.5
+    pieces = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
+    export.export(tmp_path / train.BEST, ROOT, tmp_path / "model")
+    model = InternLMXComposer2ForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    assert sum(sum(answers_to((pieces, model), sample)) for sample in unseen_colours(20)) > 10
 
 
-def run(arguments: argparse.Namespace) -> None:
-    threads = torch.get_num_threads()
-    train.work(0, arguments)
-    torch.set_num_threads(threads)
+def unseen_colours(count: int) -> list[Sample]:
+    return [draw("colour", "held_back", random.Random(number)) for number in range(count)]
 
 
-def _log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def run(arguments: StageArguments, folder: Path, **settings) -> list[dict]:
+    """The log of a short training run in this process."""
+    short = {"per_device_train_batch_size": 8, "logging_steps": 4, "eval_steps": 100, "save_steps": 100}
+    settings = {**train.DEFAULTS, **short, "disable_tqdm": True, **settings}
+    return train.train(arguments, TrainingArguments(str(folder), **settings)).state.log_history
 
 
 # ---- the checkpoint ----

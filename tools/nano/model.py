@@ -1,9 +1,6 @@
 """The sizes of nano, what makes it quicker to train, how it grows, and how it is written out."""
 
-from pathlib import Path
-
 import torch
-from internlm_xcomposer2.auto_internlm_xcomposer2 import CONFIG_AUTO_MAP
 from internlm_xcomposer2.configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from internlm_xcomposer2.modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 from sentencepiece import SentencePieceProcessor
@@ -20,7 +17,6 @@ TOWER = {
     "image_size": 112,
     "patch_size": 14,
 }
-TASK_ADAPTERS = {"sft": 8, "dpo": 8, "web": 16}  # ranks; what write_artical and write_webpage learn
 FIRST_LAYERS, LAYERS = 4, 6  # of the decoder: in the first lessons, and once there is more to learn
 QUICK_GELU = 1.702
 
@@ -109,46 +105,4 @@ def make_config(
         end_token_id=pieces.piece_to_id(END_OF_TURN),
         vision_config=TOWER,
         attn_implementation="sdpa",
-    )
-
-
-def export(checkpoint: Path, root: Path, out: Path, adapters: bool = False) -> None:
-    """Writes `config.json`, `generation_config.json` and the weights, in float16, into `out`.
-
-    `checkpoint` is one of a stage, with `adapters` given new ones that do nothing yet, or the folder of a
-    model whose adapters were trained.
-    """
-    if checkpoint.is_dir():
-        model = InternLMXComposer2ForCausalLM.from_pretrained(checkpoint)
-    else:
-        state = torch.load(checkpoint, weights_only=True)["model"]
-        model = model_of(state, root, TASK_ADAPTERS if adapters else {})
-    model.config.auto_map = dict(CONFIG_AUTO_MAP)
-    model.half().save_pretrained(out)
-
-
-def model_of(
-    state: dict[str, Tensor], root: Path, task_adapters: dict[str, int]
-) -> InternLMXComposer2ForCausalLM:
-    """The model of a stage's checkpoint, with new task adapters of these ranks."""
-    pieces = SentencePieceProcessor(model_file=str(root / "tokenizer.model"))
-    weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-    torch.manual_seed(0)
-    model = InternLMXComposer2ForCausalLM(make_config(pieces, num_layers_of(weights), task_adapters))
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name and "_B." in name:
-            nn.init.zeros_(parameter)
-    found = model.load_state_dict(weights, strict=False)
-    wrong = [key for key in found.missing_keys if ".lora_" not in key] + found.unexpected_keys
-    if wrong:
-        raise ValueError(f"the checkpoint and the model differ in {', '.join(wrong)}")
-    model.generation_config.eos_token_id = [pieces.eos_id(), pieces.piece_to_id(END_OF_TURN)]
-    model.generation_config.do_sample = False
-    return model
-
-
-def num_layers_of(weights: dict[str, Tensor]) -> int:
-    """How many layers the decoder of these weights has."""
-    return 1 + max(
-        int(key.split(".layers.")[1].split(".")[0]) for key in weights if key.startswith("model.layers.")
     )

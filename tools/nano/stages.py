@@ -1,11 +1,13 @@
 """The stages of training: what is learnt from a batch, and how well it is known."""
 
-import argparse
 import itertools
 import random
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,42 +26,65 @@ ASIDE_WEIGHT = 1.0
 CHOICE_WEIGHT = 4.0  # "picture 1" is five ids of which one is a choice, so its mean says little
 CHOICES = (*(f"picture {place}" for place in (1, 2, 3)), *WAYS, *itertools.chain(*PLACES))
 MICRO_BATCH = 16  # tiles whose activations stay in a core's cache
+WEIGHTS = "model.safetensors"
+PAGE_SHARE = 1 / 6  # of full tiles beside the samples of a batch
+RENEWAL_SHARE = 0.3  # of the batches come with a fresh page
 READING = ("number", "word", "code")  # validated on twice as many samples
 
 Case = tuple[Sample, list[Tiles], Prompt]
+LabelledTile = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass
+class StageArguments:
+    """What is trained, and from what."""
+
+    stage: str = field(metadata={"help": "dense, joint or full", "choices": ("dense", "joint", "full")})
+    stage_before: Path | None = field(default=None, metadata={"help": "folder of the weights to start from"})
+    root: Path = field(default=Path(), metadata={"help": "folder of the package and its tokenizer"})
+    fonts: list[str] | None = field(
+        default=None, metadata={"help": "folders of fonts; /usr/share/fonts by default"}
+    )
+    validation: int = field(default=100, metadata={"help": "samples of each ability to choose by"})
+    muon_lr: float = field(default=0.02, metadata={"help": "learning rate of the matrices"})
+
+    def __post_init__(self) -> None:
+        self.root = Path(self.root)
+        self.stage_before = Path(self.stage_before) if self.stage_before else None
 
 
 class DenseStage(nn.Module):
     """The tower alone, on tiles full of text."""
 
-    def __init__(self, arguments: argparse.Namespace, rng: random.Random):
+    def __init__(self, arguments: StageArguments, rng: random.Random):
         super().__init__()
+        self.rng = rng
         self.tower = CLIPVisionModel(CLIPVisionConfig(**TOWER, hidden_act="quick_gelu"))
         quicken(self.tower)
         self.head = DenseHead(TOWER["hidden_size"])
         self.losses: dict[str, float] = {}
         self.pages = Pages(rng, find_fonts("train", arguments.fonts))
-        for _ in range(10):
-            self.pages.renew()
-        unseen = Pages(random.Random("validation"), find_fonts("validation", arguments.fonts))
-        for _ in range(24):
-            unseen.renew()
-        self.unseen = unseen.draw(256)
+        families = find_fonts("validation", arguments.fonts)
+        self.unseen = Pages(random.Random("validation"), families, first=24).draw(256)
 
     def forward(self, tiles: Tensor) -> Tensor:
         """(tiles, 3, 112, 112) -> (tiles, 16, 16, classes)"""
         return self.head(self.tower(pixel_values=tiles).last_hidden_state[:, 1:])
 
-    def backward(self, batch: int) -> float:
+    def draw(self) -> LabelledTile:
+        """One tile of training."""
+        return self.pages.cut()
+
+    def backward(self, batch: list[LabelledTile]) -> float:
         """Adds the gradients of one batch; returns its loss."""
-        if random.random() < 0.5:
+        if self.rng.random() < RENEWAL_SHARE:
             self.pages.renew()
-        tiles, labels = self.pages.draw(batch)
+        tiles, labels = map(np.stack, zip(*batch, strict=True))
         total = 0.0
-        for start in range(0, batch, MICRO_BATCH):
+        for start in range(0, len(batch), MICRO_BATCH):
             part = slice(start, start + MICRO_BATCH)
             loss = dense_loss(self(normalise(tiles[part])), torch.from_numpy(labels[part]))
-            loss = loss * len(tiles[part]) / batch
+            loss = loss * len(tiles[part]) / len(batch)
             loss.backward()
             total += loss.item()
         return total
@@ -79,7 +104,7 @@ class JointStage(nn.Module):
     abilities: tuple[str, ...] = FIRST_ABILITIES
     num_layers = FIRST_LAYERS
 
-    def __init__(self, arguments: argparse.Namespace, rng: random.Random):
+    def __init__(self, arguments: StageArguments, rng: random.Random):
         super().__init__()
         self.rng, families = rng, find_fonts("train", arguments.fonts)
         self.drawer = Drawer("train", rng, families, self.lessons)
@@ -88,21 +113,19 @@ class JointStage(nn.Module):
         self.model = new_model(self.pieces, self.num_layers)
         self.head = DenseHead(TOWER["hidden_size"])
         self.asides = Asides(self.model.config.hidden_size, ids_of_names(self.pieces.piece_to_id))
-        if arguments.start:
-            self.load(arguments.start)
+        if arguments.stage_before:
+            self.load(arguments.stage_before)
         quicken(self.model)
         self.pages = Pages(rng, families)
-        for _ in range(10):
-            self.pages.renew()
         self.unseen = [self.case(sample) for sample in self.draw_unseen(arguments)]
 
     def load(self, path: Path) -> None:
         """Takes tower and dense head from a checkpoint of the dense stage."""
-        state = torch.load(path, weights_only=True)["model"]
+        state = load_file(path / WEIGHTS)
         self.model.vit.vision_tower.vision_model.load_state_dict(part_of(state, "tower."))
         self.head.load_state_dict(part_of(state, "head."))
 
-    def draw_unseen(self, arguments: argparse.Namespace) -> list[Sample]:
+    def draw_unseen(self, arguments: StageArguments) -> list[Sample]:
         """The fixed samples by which a checkpoint is chosen: 100 of each ability, twice as many to read."""
         families = find_fonts("validation", arguments.fonts)
         drawer = Drawer("validation", random.Random("validation"), families, self.lessons)
@@ -116,9 +139,12 @@ class JointStage(nn.Module):
         tiles = tiles_of(sample)
         return sample, tiles, make_prompt(sample, tiles, self.pieces, self.model.config.image_token_id)
 
-    def backward(self, batch: int) -> float:
-        """Adds the gradients of `batch` samples and of a sixth as many pages; returns the answers' loss."""
-        cases = [self.case(self.drawer.draw()) for _ in range(batch)]
+    def draw(self) -> Case:
+        """One sample of training."""
+        return self.case(self.drawer.draw())
+
+    def backward(self, cases: list[Case]) -> float:
+        """Adds the gradients of a batch and of some tiles full of text; returns the answers' loss."""
         num_answers = sum(len(sample.turns) for sample, _, _ in cases)
         total = 0.0
         for group in self.groups(cases):
@@ -126,11 +152,11 @@ class JointStage(nn.Module):
             answers, _, aside = self.answers_loss(features, [prompt for *_, prompt in group])
             weights = torch.tensor([answer_weight(turn) for sample, *_ in group for turn in sample.turns])
             aside = DENSE_WEIGHT * tiles_loss + ASIDE_WEIGHT * aside
-            loss = answers @ weights / num_answers + aside * len(group) / batch
+            loss = answers @ weights / num_answers + aside * len(group) / len(cases)
             loss.backward()
             total += answers.sum().item() / num_answers
             self.note([sample for sample, _, _ in group], answers.tolist())
-        self.backward_pages(batch // 6)
+        self.backward_pages(max(1, int(len(cases) * PAGE_SHARE)))
         self.losses |= self.asides.losses
         return total
 
@@ -146,7 +172,7 @@ class JointStage(nn.Module):
 
     def backward_pages(self, count: int) -> None:
         """Adds the gradients of the dense task on `count` tiles full of text."""
-        if self.rng.random() < 0.3:
+        if self.rng.random() < RENEWAL_SHARE:
             self.pages.renew()
         tiles, labels = self.pages.draw(count)
         for start in range(0, count, MICRO_BATCH):
@@ -245,7 +271,7 @@ class FullStage(JointStage):
 
     def load(self, path: Path) -> None:
         """Takes everything from a checkpoint of the joint stage; what that lacks does nothing yet."""
-        state = torch.load(path, weights_only=True)["model"]
+        state = load_file(path / WEIGHTS)
         grow(self.model, FIRST_LAYERS)
         weights = part_of(state, "model.")
         lacking = self.model.load_state_dict(weights, strict=False)
