@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import median
@@ -19,6 +20,7 @@ from internlm_xcomposer2.processing_internlm_xcomposer2 import InternLMXComposer
 from tqdm import tqdm
 
 from .dataset import PROMPTS, TOO_LONG, RowEncoder
+from .preferences import PairEncoder, read_both
 from .rows import MIXTURE, Row, RowFault, read_rows, read_sources
 
 MAX_WORKERS = 8
@@ -95,14 +97,15 @@ def check_file(
     ignore_keys: Sequence[str] = (),
     workers: int = 1,
 ) -> FileReport:
-    """Check every row of one file.
+    """Check every row of one file, both conversations of each pair where `encoder` is of pairs.
 
     Args:
         decode: whether pictures and videos are decoded whole; else only their headers are read.
     """
     report = FileReport(str(path), samples)
+    read = read_both if isinstance(encoder, PairEncoder) else read_rows
     try:
-        rows = read_rows(path, media_root, ignore_keys)
+        rows = read(path, media_root, ignore_keys)
     except (OSError, ValueError) as error:
         report.faults.append(Finding(str(error)))
         return report
@@ -166,6 +169,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--layout", choices=PROMPTS, default="inference", help="as in training")
     add("--hd-num", type=int, help="local tiles of a picture; by default as in chat")
     add("--too-long", choices=TOO_LONG, default="error", help="whether longer rows are faults or are cut")
+    add("--pairs", action="store_true", help="the rows are pairs of conversations, for a reward model")
     add("--headers-only", action="store_true", help="don't decode pictures; finds no damage behind headers")
     add("--workers", type=int, default=min(MAX_WORKERS, os.cpu_count() or 1), help="threads")
     add("--json", action="store_true", help="print the report as JSON")
@@ -177,7 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     processor = InternLMXComposer2Processor.from_pretrained(args.model)
     max_length = args.max_length or checkpoint_config(args.model).max_length
-    encoder = RowEncoder(processor, max_length, args.layout, args.hd_num, args.too_long)
+    if args.pairs and args.too_long == "cut":
+        raise SystemExit(
+            "--too-long cut: a pair is scored at its ends, which can't be cut away; leave it out"
+        )
+    kind = PairEncoder if args.pairs else partial(RowEncoder, too_long=args.too_long)
+    encoder = kind(processor, max_length, args.layout, args.hd_num)
     reports = check_data(
         args.data,
         encoder,

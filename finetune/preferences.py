@@ -61,12 +61,15 @@ def read_pairs(
     pairs = []
     for index, (line, entry) in enumerate(read_entries(path)):
         sides = [read_row(path, index, line, side, root, known) for side in split_entry(entry)]
-        pairs.append(Pair(*(_say_side(row, name) for row, name in zip(sides, SIDES, strict=True))))
+        pairs.append(Pair(*(replace(row, side=name) for row, name in zip(sides, SIDES, strict=True))))
     return pairs
 
 
-def _say_side(row: Row, name: str) -> Row:
-    return replace(row, faults=tuple(f"{name}: {fault}" for fault in row.faults))
+def read_both(
+    path: str | os.PathLike, media_root: str | os.PathLike | None = None, ignore_keys: Collection[str] = ()
+) -> list[Row]:
+    """Both conversations of each pair of one file, the chosen one first; as `read_pairs` otherwise."""
+    return [getattr(pair, side) for pair in read_pairs(path, media_root, ignore_keys) for side in SIDES]
 
 
 def split_entry(entry: object) -> tuple[object, object]:

@@ -58,6 +58,7 @@ class Row:
         index: position among the rows of `source`, from 0.
         line: line of the file, from 1, where each row has its own.
         faults: what is wrong with the row as it is written.
+        side: which conversation of its pair it is, where rows are pairs.
     """
 
     source: Path
@@ -66,11 +67,13 @@ class Row:
     media: tuple[Media, ...] = ()
     line: int | None = None
     faults: tuple[str, ...] = ()
+    side: str = ""
 
     @property
     def place(self) -> str:
-        """File and number, for messages."""
-        return f"{self.source}, row {self.index}" + (f" (line {self.line})" if self.line else "")
+        """File, number and side, for messages."""
+        line = f" (line {self.line})" if self.line else ""
+        return f"{self.source}, row {self.index}{line}" + (f", {self.side}" if self.side else "")
 
     def fault(self, faults: Sequence[str]) -> RowFault:
         """The error that says what is wrong with this row."""

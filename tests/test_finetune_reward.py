@@ -19,6 +19,7 @@ from transformers import AutoModel
 
 sys.path.insert(0, str(ROOT))
 
+from finetune.check_data import main as check_data  # noqa: E402
 from finetune.merge import merge  # noqa: E402
 from finetune.preferences import PairCollator, PairDataset, read_pairs, read_preferences  # noqa: E402
 from finetune.rows import RowFault  # noqa: E402
@@ -135,8 +136,21 @@ def test_faulty_pairs_are_named_with_file_and_row(tmp_path, processor, pair, wor
     dataset = PairDataset(read_pairs(tmp_path / "pairs.jsonl"), processor)
     assert set(dataset[0]) == {"chosen", "rejected"}
     for read in (lambda: dataset[1], lambda: dataset.lengths):
-        with pytest.raises(RowFault, match=rf"pairs\.jsonl, row 1 \(line 2\): .*{words}"):
+        with pytest.raises(RowFault, match=rf"pairs\.jsonl, row 1 \(line 2\), .*{words}"):
             read()
+
+
+def test_the_checker_names_the_faulty_side_of_a_pair(tmp_path, base, capsys):
+    good = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    lines = [good, {**good, "rejected": ""}, {**good, "chosen": "word " * 90}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = ["--model", str(base), str(tmp_path / "pairs.jsonl"), "--max-length", "60", "--pairs"]
+    assert check_data(command) == 1
+    printed = capsys.readouterr().out
+    assert "row 1 (line 2), rejected: turn 1, the assistant's, is empty" in printed
+    assert "row 2 (line 3), chosen: " in printed and printed.count("FAULT") == 2
+    with pytest.raises(SystemExit, match="can't be cut"):
+        check_data([*command, "--too-long", "cut"])
 
 
 def test_rows_are_written_as_they_are_scored(tmp_path, processor, base):
