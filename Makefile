@@ -16,8 +16,8 @@ export HF_HUB_OFFLINE := 1
 
 # The stages of nano, and what is trained on the last of them
 STAGE := .venv/bin/torchrun --nproc-per-node 2 -m tools.nano.train --stage
-ADAPTER := .venv/bin/python -m finetune.train --train adapter --layout training --max_steps 700 \
-	--per_device_train_batch_size 16 --learning_rate 3e-3 --warmup_steps 20 --weight_decay 0 \
+ADAPTER := .venv/bin/python -m finetune.train --train adapter --layout training --max_steps 400 \
+	--per_device_train_batch_size 16 --learning_rate 1e-3 --warmup_steps 20 --weight_decay 0 \
 	--save_strategy no --report_to none --check_data False
 
 KEY := $(firstword $(shell echo '$(TORCH)' | cksum))

@@ -190,6 +190,21 @@ def test_what_has_to_be_looked_at_lies_under_the_character_to_be_said(ability, n
     assert found > 5
 
 
+def test_what_has_to_be_copied_from_the_question_is_found_there(nano):
+    tokenizer, model = nano
+    question, page = web_page("train", random.Random(5))
+    title = re.search("<title>(.*)</title>", page)[1]
+    sample = Sample("page", [], [(question, page)])
+    prompt = make_prompt(sample, [], tokenizer.sp_model, model.config.image_token_id)
+    asked = range(len(prompt.ids) - len(prompt.answers[0]))
+    runs = "".join(tokenizer.decode([prompt.ids[at + 1]]) for at, _ in prompt.reads)
+    assert runs.count(title) == page.count(title) == 2 and len(title) > 1
+    for at, (place,) in prompt.reads:
+        assert place in asked and tokenizer.decode([prompt.ids[place]]) == tokenizer.decode(
+            [prompt.ids[at + 1]]
+        )
+
+
 @pytest.mark.parametrize(
     "ability", ["word", "total", "small", "which", "more", "way", "last", "talk", "follow-up"]
 )

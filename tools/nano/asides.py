@@ -20,6 +20,7 @@ from .questions import COLOURS, SHAPES
 ORDER_LAYER, ASKED_LAYER = 2, 3  # after how many of the decoder's layers a picture's tokens have to know
 POINTER_LAYERS = (2, 3)
 READING_LAYERS = (2, 3)
+POINTER_HEAD, READING_HEAD, COPYING_HEAD = (0, 0), (0, 1), (1, 0)  # (keys, which of the heads that have them)
 MOST_PICTURES, MOST_OBJECTS = 3, 6
 MOST_TILES = 6  # along a picture
 PLACE_WEIGHT = 0.3
@@ -40,9 +41,13 @@ class Asides(nn.Module):
         self.losses: dict[str, float] = {}
 
     def forward(
-        self, decoder: nn.Module, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]
+        self, decoder: nn.Module, hidden: tuple[Tensor, ...], mask: Tensor | None, prompts: list[Prompt]
     ) -> Tensor:
-        """The sum of all terms for prompts with equally many pictures, at least one."""
+        """The sum of all terms for prompts with equally many pictures, which lie where `mask` says."""
+        if mask is None:
+            copy = self.reading_loss(decoder, hidden, None, prompts)
+            self.losses["copy"] = copy.item()
+            return READING_WEIGHT * copy
         place = self.place_loss(hidden, mask, prompts)
         self.losses["place"] = place.item()
         if prompts[0].num_pictures < 2:
@@ -114,32 +119,38 @@ class Asides(nn.Module):
         rows, positions, places = torch.tensor(choices).T
         loss = 0.0
         for index in POINTER_LAYERS:
-            query, key = one_head(decoder, index, 0, hidden[index], mask)
+            query, key = one_head(decoder, index, POINTER_HEAD, hidden[index], mask)
             keys = by_picture(key, mask, prompts)[rows]
             scores = torch.einsum("nd,nptd->npt", query[rows, positions], keys)
             loss = loss + functional.cross_entropy(scores.logsumexp(-1), places)
         return loss
 
     def reading_loss(
-        self, decoder: nn.Module, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]
+        self, decoder: nn.Module, hidden: tuple[Tensor, ...], mask: Tensor | None, prompts: list[Prompt]
     ) -> Tensor:
         """How little of what a head sees of the picture lies where the next character to be said stands.
 
-        Without it strings are read by a blurred look at all of them, and like neighbours are mixed up.
+        Without it strings are read by a blurred look at all of them, and like neighbours are mixed up. Where
+        there is no picture a head of the last layer looks at the text, at what is to be repeated.
         """
         reads = [(row, at, tokens) for row, prompt in enumerate(prompts) for at, tokens in prompt.reads]
         if not reads:
-            return mask.new_zeros((), dtype=torch.float32)
+            return hidden[0].new_zeros(())
         rows, positions, tokens = zip(*reads, strict=True)
         rows, positions = torch.tensor(rows), torch.tensor(positions)
-        right = torch.zeros(len(reads), mask.shape[1], dtype=torch.bool)
+        right = torch.zeros(len(reads), hidden[0].shape[1], dtype=torch.bool)
         for row, each in zip(right, tokens, strict=True):
             row[each] = True
+        if mask is None:
+            visible = torch.arange(right.shape[1]) <= positions[:, None]
+            layers, head = (len(decoder.layers) - 1,), COPYING_HEAD
+        else:
+            visible, layers, head = mask[rows], READING_LAYERS, READING_HEAD
         loss = 0.0
-        for index in READING_LAYERS:
-            query, key = one_head(decoder, index, 1, hidden[index], mask)
+        for index in layers:
+            query, key = one_head(decoder, index, head, hidden[index], mask)
             scores = torch.einsum("nd,ntd->nt", query[rows, positions], key[rows])
-            seen = scores.masked_fill(~mask[rows], -torch.inf).logsumexp(-1)
+            seen = scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
             loss = loss + (seen - scores.masked_fill(~right, -torch.inf).logsumexp(-1)).mean()
         return loss
 
@@ -157,15 +168,16 @@ def token_places(rows: int, cols: int) -> Tensor:
 
 
 def one_head(
-    decoder: nn.Module, index: int, head: int, hidden: Tensor, mask: Tensor
+    decoder: nn.Module, index: int, head: tuple[int, int], hidden: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(rows, tokens, head_dim): scaled queries and keys of a head that has the first keys of its layer."""
+    """(rows, tokens, head_dim): scaled queries and keys of a head of the layer `index`."""
     layer = decoder.layers[index]
-    attention = layer.attention
-    packed = attention.wqkv(layer.attention_norm(hidden), image_rows=mask.flatten().nonzero()[:, 0])
+    attention, image_rows = layer.attention, None if mask is None else mask.flatten().nonzero()[:, 0]
+    packed = attention.wqkv(layer.attention_norm(hidden), image_rows=image_rows)
     packed = packed.unflatten(-1, (-1, attention.num_key_value_groups + 2, attention.head_dim))
-    positional = decoder.rotary_emb(torch.arange(mask.shape[1])[None])
-    query, key = (apply_rotary(packed[:, None, :, 0, part], *positional)[:, 0] for part in (head, -2))
+    positional = decoder.rotary_emb(torch.arange(hidden.shape[1])[None])
+    group, part = head
+    query, key = (apply_rotary(packed[:, None, :, group, at], *positional)[:, 0] for at in (part, -2))
     return query * attention.scaling, key
 
 

@@ -136,7 +136,11 @@ def make_prompt(sample: Sample, tiles: list[Tiles], pieces: SentencePieceProcess
         choice = (answers[0].stop - 2, int(answer[-1]) - 1)  # after the digit only the turn's end is said
         asked = choice[1] if question.index("?") < question.index(IMAGE_MARK) else UNKNOWN
     grids = [each.grid for each in tiles]
-    reads = reads_of(sample, tiles, ids, answers, pieces, image_id) if len(tiles) == 1 else []
+    reads = []
+    if not tiles:
+        reads = [read for span in answers for read in copies(ids, span, pieces)]
+    elif len(tiles) == 1:
+        reads = reads_of(sample, tiles, ids, answers, pieces, image_id)
     return Prompt(ids, answers, num_pictures(sample), grids, things, counts, reads, choice, asked)
 
 
@@ -162,6 +166,21 @@ def reads_of(
             for at, box in enumerate(printed[text]):
                 reads.append((span[start + at], [first + token for token in tokens_under(box, grid)]))
     return reads
+
+
+def copies(ids: list[int], span: range, pieces: SentencePieceProcessor) -> list[tuple[int, list[int]]]:
+    """Where an answer repeats two pieces or more of what stands before it, and where those stand."""
+    texts = [pieces.id_to_piece(token).removeprefix("\u2581") for token in ids]
+    said, before = texts[span.start + 1 : span.stop], texts[: span.start + 1]
+    found: dict[int, tuple[int, int]] = {}  # position in the answer -> length of the run, position before
+    runs = [0] * (len(before) + 1)
+    for at, text in enumerate(said):
+        runs = [0] + [runs[to] + 1 if before[to] == text else 0 for to in range(len(before))]
+        for to, length in enumerate(runs[1:]):
+            for back in range(length if length > 1 else 0):
+                if length > found.get(at - back, (0, 0))[0]:
+                    found[at - back] = (length, to - back)
+    return [(span.start + at, [place]) for at, (_, place) in sorted(found.items())]
 
 
 def local_tokens(grid: tuple[int, int]) -> int:

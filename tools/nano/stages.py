@@ -242,9 +242,7 @@ class JointStage(nn.Module):
         losses = functional.cross_entropy(logits, targets, reduction="none")
         right = torch.zeros_like(sizes).index_add(0, turns, (logits.argmax(-1) == targets).float())
         means = torch.zeros_like(sizes).index_add(0, turns, losses) / sizes
-        aside = 0.0
-        if mask is not None:
-            aside = self.asides(self.model.model, outputs.hidden_states, mask, prompts)
+        aside = self.asides(self.model.model, outputs.hidden_states, mask, prompts)
         return means, right == sizes, aside
 
     @torch.inference_mode()

@@ -114,7 +114,8 @@ def _text_to_repeat(split: str, rng: random.Random) -> str:
 @functools.cache
 def _words_to_say() -> list[str]:
     answers = [answer for _, answer in SMALL_TALK.values()]
-    return sorted(set(" ".join((PAGE.format(title="A", colour="red"), *ARTICLES, *answers)).split()))
+    articles = [text.format(word="A") for text in ARTICLES]
+    return sorted(set(" ".join((PAGE.format(title="A", colour="red"), *articles, *answers)).split()))
 
 
 def web_page(split: str, rng: random.Random) -> tuple[str, str]:
