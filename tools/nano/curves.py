@@ -1,4 +1,4 @@
-"""Draws a run's curves from its log: `python -m tools.nano.curves docs/nano_full.jsonl --out docs/nano.png`.
+"""Draws a run's curves: `python -m tools.nano.curves runs/full/trainer_state.json --out docs/nano.png`.
 
 Left the loss of the answers, right the share of unseen answers that come out exactly, by ability. Needs
 matplotlib.
@@ -12,26 +12,24 @@ from .questions import ABILITIES
 
 
 def draw(log: Path, path: Path) -> None:
-    """Writes the curves of `log` as a PNG."""
+    """Writes the curves of `log`, a `trainer_state.json`, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    # A run that was stopped goes on from what it saved last: of a step that came twice the later one counts.
-    losses = list({line["step"]: line for line in lines if "loss" in line}.values())
-    scores = list({line["step"]: line for line in lines if "score" in line}.values())
-    losses.sort(key=lambda line: line["step"])
+    history = json.loads(log.read_text(encoding="utf-8"))["log_history"]
+    losses = [entry for entry in history if "loss" in entry]
+    scores = [entry for entry in history if "eval_score" in entry]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot([line["step"] for line in losses], [line["loss"] for line in losses], color="black")
+    left.plot([entry["step"] for entry in losses], [entry["loss"] for entry in losses], color="black")
     left.set(title="Loss of the answers", xlabel="step", yscale="log")
     colours = pyplot.get_cmap("tab20").colors
     for ability, colour in zip(ABILITIES, colours, strict=False):
-        rows = [line for line in scores if ability in line]
+        rows = [entry for entry in scores if f"eval_{ability}" in entry]
         if rows:
-            values = [100 * line[ability] for line in rows]
-            right.plot([line["step"] for line in rows], values, ".-", color=colour, label=ability)
+            values = [100 * entry[f"eval_{ability}"] for entry in rows]
+            right.plot([entry["step"] for entry in rows], values, ".-", color=colour, label=ability)
     right.set(title="Right on validation samples, %", xlabel="step", ylim=(0, 101))
     right.legend(frameon=False, fontsize=7, ncols=2)
     figure.savefig(path, dpi=80)

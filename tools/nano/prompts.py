@@ -169,7 +169,7 @@ def reads_of(
 
 
 def copies(ids: list[int], span: range, pieces: SentencePieceProcessor) -> list[tuple[int, list[int]]]:
-    """Where an answer repeats two pieces or more of what stands before it, and where those stand."""
+    """Where an answer repeats a colour, or two pieces and more, of what stands before it, and where."""
     texts = [pieces.id_to_piece(token).removeprefix("\u2581") for token in ids]
     said, before = texts[span.start + 1 : span.stop], texts[: span.start + 1]
     found: dict[int, tuple[int, int]] = {}  # position in the answer -> length of the run, position before
@@ -177,7 +177,7 @@ def copies(ids: list[int], span: range, pieces: SentencePieceProcessor) -> list[
     for at, text in enumerate(said):
         runs = [0] + [runs[to] + 1 if before[to] == text else 0 for to in range(len(before))]
         for to, length in enumerate(runs[1:]):
-            for back in range(length if length > 1 else 0):
+            for back in range(length if length > 1 or text in COLOURS else 0):
                 if length > found.get(at - back, (0, 0))[0]:
                     found[at - back] = (length, to - back)
     return [(span.start + at, [place]) for at, (_, place) in sorted(found.items())]

@@ -46,21 +46,21 @@ FIRST_LESSONS = Lessons(
 LESSONS = Lessons(
     {
         "number": 0.08,
-        "word": 0.13,
+        "word": 0.11,
         "code": 0.13,
         "small": 0.13,
         "total": 0.12,
         "object": 0.02,
-        "count": 0.04,
+        "count": 0.07,
         "where": 0.02,
         "which": 0.03,
         "more": 0.03,
-        "way": 0.03,
+        "way": 0.04,
         "last": 0.08,
-        "caption": 0.06,
-        "talk": 0.05,
-        "page": 0.03,
-        "article": 0.02,
+        "caption": 0.07,
+        "talk": 0.04,
+        "page": 0.02,
+        "article": 0.01,
     },
     WEIGHTS,
 )
@@ -143,10 +143,9 @@ class Drawer:
         wording = (
             "text" if kind == "code" or (self.training and len(text) > 1 and rng.random() < 0.1) else kind
         )
-        name = "text" if kind == "code" else kind
         turns = [
             (ask(wording, rng), text),
-            (ask("caption", rng), f'The picture shows the {name} "{text}".'),
+            (ask("caption", rng), f'The picture shows the text "{text}".'),
             (ask("length", rng), str(len(text))),
         ]
         colour = picture.marks[0].colour
