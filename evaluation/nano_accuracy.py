@@ -6,8 +6,8 @@ Every picture is drawn with held-back words, numbers, fonts, sizes and positions
 be held back as a string: only its font, size and place are new), written to a file, half of them PNG and
 half JPEG, videos as MP4, and asked about through `chat` with greedy decoding. Small print is read twice, by
 `hd_num=9` and, in the row "small, one tile", by `hd_num=1` from the same files. Of follow-up questions the
-second and third are counted, with the history of those before. "web" and "write", which have to be asked for,
-go through `write_webpage` and `write_artical`. The last line is JSON.
+second and third are counted, with the history of those before. "web" and "write" go through `write_webpage`
+and `write_artical`. The last line is JSON.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
         "--quantization", choices=QUANTIZATIONS, help="quantise the decoder's linears; needs '.[quant]'"
     )
     every = (*ABILITIES, *WRITING)
-    parser.add_argument("--abilities", nargs="*", default=ABILITIES, choices=every)
+    parser.add_argument("--abilities", nargs="*", default=every, choices=every)
     parser.add_argument("--show-errors", action="store_true", help="print every wrong answer")
     parser.add_argument("--keep", type=Path, help="folder in which to keep the pictures")
     return parser.parse_args()

@@ -169,9 +169,7 @@ class Drawer:
 
     def _receipt(self) -> Sample:
         rng = self.rng
-        total = random_string(
-            "number", self.split, rng, rng.choice((2, 3, 3, 3) if self.training else (2, 2, 3))
-        )
+        total = random_string("number", self.split, rng, rng.choice((2, 3, 3, 3)))
         count = rng.randint(2, 3)
         if int(total) < count:
             return self._receipt()

@@ -21,7 +21,7 @@ from .pictures import (
 )
 from .questions import PLACES
 
-RECEIPT_SIZES = (15, 22)  # em, tile px
+RECEIPT_SIZES = (18, 24)  # em, tile px
 LINE_SPACING = 1.3  # em
 SMALL_SIZES = (22, 34)  # em, pixels of the cut tiles
 LARGE_SIDES = (3 * TILE, 8 * TILE)  # px, of pictures with small print
