@@ -382,5 +382,18 @@ def test_tiles_are_what_small_print_is_read_by(nano):
     assert tiled >= sum(answers_to(nano, sample, hd_num=1)[0] for sample in samples) + 4
 
 
+def test_the_checkpoint_writes_pages_and_articles(nano):
+    """By its task adapters, about held-back words."""
+    tokenizer, model = nano
+    rng, rights = random.Random("test writing"), []
+    settings = {"tokenizer": tokenizer, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+    for _ in range(3):
+        instruction, page = web_page("held_back", rng)
+        rights.append(model.write_webpage(instruction, save=False, max_new_tokens=256, **settings) == page)
+        instruction, text = article("held_back", rng)
+        rights.append(model.write_artical(instruction, max_new_tokens=256, **settings) == text)
+    assert sum(rights) >= 4
+
+
 def test_the_checkpoint_is_small():
     assert (ROOT / "model.safetensors").stat().st_size <= 8_000_000

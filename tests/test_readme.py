@@ -121,10 +121,6 @@ def test_every_example_runs(clone, capsys):
     assert {path.name for path in clone.glob("*.html")} == {"Bakery.html", "Resume-to-Personal_Page.html"}
 
 
-def test_nano_has_no_adapters_for_the_methods_that_write():
-    assert not InternLMXcomposer2Config.from_pretrained(ROOT).text_config.task_adapters
-
-
 # ---- numbers ----
 
 

@@ -28,6 +28,8 @@ def export(checkpoint: Path, root: Path, out: Path, adapters: bool = False) -> N
     else:
         model = model_of(load_file(checkpoint / WEIGHTS), root, TASK_ADAPTERS if adapters else {})
     model.config.auto_map = dict(CONFIG_AUTO_MAP)
+    for part in (model.config.text_config, model.config.vision_config):
+        part.dtype = None  # the whole has one
     model.half().save_pretrained(out)
 
 

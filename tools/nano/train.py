@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m tools.nano.train --stage dense --output_dir runs/dense --max_steps 1150
     torchrun --nproc-per-node 2 -m tools.nano.train --stage joint --output_dir runs/joint --max_steps 3500 \\
         --stage_before runs/dense/best
-    torchrun --nproc-per-node 2 -m tools.nano.train --stage full --output_dir runs/full --max_steps 5000 \\
+    torchrun --nproc-per-node 2 -m tools.nano.train --stage full --output_dir runs/full --max_steps 5250 \\
         --stage_before runs/joint/best
     python -m tools.nano.export --checkpoint runs/full/best --out .
 
