@@ -1,7 +1,9 @@
 """Nano: what it is trained on, that training learns, and that the checkpoint in the root answers."""
 
+import os
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -315,6 +317,33 @@ def test_a_step_sets_every_weight_by_the_schedule(built_in_font, monkeypatch):
         group["lr"] = 0.01
     optimizer.step()
     assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+
+from tools.nano import stages, train
+from tools.nano.fonts import BUILT_IN
+from transformers import TrainingArguments
+
+stages.find_fonts = lambda *_: [[BUILT_IN]]
+settings = {**train.DEFAULTS, "max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
+trainer = train.train(stages.StageArguments("dense"), TrainingArguments(sys.argv[1], **settings))
+weights = sum(weight.double().abs().sum().item() for weight in trainer.stage.state_dict().values())
+seen = trainer.stage.rng.random()  # what was drawn last decides it
+Path(sys.argv[1], str(trainer.args.process_index)).write_text(f"{weights} {seen}")
+"""
+
+
+def test_two_processes_train_one_model_on_samples_of_their_own(tmp_path):
+    (tmp_path / "run.py").write_text(TWO_PROCESSES)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*launcher, str(tmp_path / "run.py"), str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    (first, drawn), (second, others) = ((tmp_path / str(rank)).read_text().split() for rank in (0, 1))
+    assert first == second and drawn != others
 
 
 def test_a_short_run_learns_to_name_colours(tmp_path, built_in_font, monkeypatch):
