@@ -319,6 +319,12 @@ def test_a_step_sets_every_weight_by_the_schedule(built_in_font, monkeypatch):
     assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
+def test_batches_that_are_to_be_added_up_are_refused(tmp_path):
+    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3, "use_cpu": True}
+    with pytest.raises(ValueError, match="--per_device_train_batch_size 24"):
+        train.train(arguments("dense"), TrainingArguments(str(tmp_path), **settings))
+
+
 TWO_PROCESSES = """
 import sys
 from pathlib import Path

@@ -7,8 +7,9 @@
         --stage_before runs/joint/best
     python -m tools.nano.export --checkpoint runs/full/best --out .
 
-Two processes of one thread each are faster than one of two. All flags of transformers' `TrainingArguments`
-are taken; `--resume_from_checkpoint` names the checkpoint of a run that was stopped.
+Two processes of one thread each are faster than one of two. The flags of transformers' `TrainingArguments`
+are taken, but the optimizers are always these; `--resume_from_checkpoint` names the checkpoint of a run that
+was stopped.
 """
 
 import random
@@ -149,7 +150,17 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def train(arguments: StageArguments, training: TrainingArguments) -> StageTrainer:
-    """Trains one stage; its best weights lie in the folder `best` of the output directory then."""
+    """Trains one stage; its best weights lie in the folder `best` of the output directory then.
+
+    Raises:
+        ValueError: gradients are to be accumulated over several batches.
+    """
+    if training.gradient_accumulation_steps > 1:
+        steps = training.gradient_accumulation_steps
+        raise ValueError(
+            f"--gradient_accumulation_steps {steps}: a batch is taken in parts anyway; give "
+            f"--per_device_train_batch_size {training.per_device_train_batch_size * steps} instead"
+        )
     torch.set_flush_denormal(True)  # they cost a sixth of the time once the model is sure of itself
     torch.manual_seed(training.seed)  # the same weights in every process
     rng = random.Random(f"{training.seed} {arguments.stage}")
