@@ -295,6 +295,7 @@ def test_a_few_steps_lower_the_loss_and_a_run_resumes(tmp_path, built_in_font):
     assert losses[-1] < losses[0] - 0.5
     checkpoint = tmp_path / "whole" / "checkpoint-8"
     resumed = run(arguments("full"), tmp_path / "rest", max_steps=16, resume_from_checkpoint=str(checkpoint))
+    assert [line["step"] for line in whole if "eval_score" in line] == [8, 16]
     again = [line["loss"] for line in resumed if "loss" in line]
     assert again == pytest.approx(losses, rel=0.05)  # the full tiles beside the samples are others
 

@@ -123,6 +123,7 @@ class StageTrainer(Trainer):
         scores = [self.stage.validate() if self.is_world_process_zero() else None]
         metrics = {f"eval_{name}": score for name, score in broadcast_object_list(scores)[0].items()}
         self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
