@@ -1,6 +1,6 @@
 # make demo   questions about the pictures in examples/, with the model's answers
 # make test   the tests, on a CPU and offline
-# make nano   trains the checkpoint in the root again, in about six hours on two idle cores (docs/nano.md)
+# make nano   trains the checkpoint in the root again, in three and a half hours on two idle cores (docs/nano.md)
 #
 # All create .venv once and reuse it. TORCH is the torch requirement to install: the default is what pip
 # takes for this machine, `TORCH=torch==2.13.0` pins a version.
@@ -34,9 +34,9 @@ test: $(TEST)
 
 nano: $(DEMO)
 	$(STAGE) dense --output_dir runs/dense --max_steps 1150 --per_device_train_batch_size 64
-	$(STAGE) joint --output_dir runs/joint --max_steps 3500 --stage_before runs/dense/best
-	$(STAGE) full --output_dir runs/full --max_steps 5250 --stage_before runs/joint/best --muon_lr 0.012
-	.venv/bin/python -m tools.nano.export --checkpoint runs/full/best --out . --adapters
+	$(STAGE) joint --output_dir runs/joint --max_steps 7500 --stage_before runs/dense/best \
+		--muon_lr 0.015 --tower_lr_scale 0.2
+	.venv/bin/python -m tools.nano.export --checkpoint runs/joint/best --out . --adapters
 	.venv/bin/python -m tools.nano.rows web --out runs/web.jsonl
 	.venv/bin/python -m tools.nano.rows write --out runs/write.jsonl
 	$(ADAPTER) --model_name_or_path . --infer_mode web --data_path runs/web.jsonl --output_dir runs/web

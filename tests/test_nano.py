@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
-from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer, TrainingArguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,15 +19,14 @@ sys.path.insert(0, str(ROOT))
 from tools.nano import export, stages, train  # noqa: E402
 from tools.nano.dense import NAMES, grid_labels, mark_table  # noqa: E402
 from tools.nano.fonts import BUILT_IN, SPLITS, split_of  # noqa: E402
-from tools.nano.model import FIRST_LAYERS  # noqa: E402
 from tools.nano.pictures import TILE, draw_text  # noqa: E402
 from tools.nano.prompts import cut, make_prompt, tiles_of  # noqa: E402
 from tools.nano.questions import ABILITIES, every_text  # noqa: E402
-from tools.nano.samples import Drawer, Lessons, Sample  # noqa: E402
+from tools.nano.samples import Drawer, Sample  # noqa: E402
 from tools.nano.stages import StageArguments  # noqa: E402
 from tools.nano.talk import PAGE, article, web_page  # noqa: E402
 from tools.nano.train_tokenizer import train as train_tokenizer  # noqa: E402
-from tools.nano.words import KINDS, WEIGHTS, random_string, split_of_string  # noqa: E402
+from tools.nano.words import KINDS, random_string, split_of_string  # noqa: E402
 
 FAMILIES = [[BUILT_IN]]
 
@@ -276,25 +274,12 @@ def model_inputs(tiles: list, prompt) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def test_new_layers_change_nothing_at_first(tmp_path, built_in_font, monkeypatch):
-    for stage in (stages.JointStage, stages.FullStage):
-        monkeypatch.setattr(stage, "draw_unseen", lambda *_: [])
-    first = stages.JointStage(arguments(), random.Random(0))
-    save_file(first.state_dict(), tmp_path / stages.WEIGHTS)
-    full = stages.FullStage(arguments("full", stage_before=tmp_path), random.Random(0))
-    assert len(full.model.model.layers) > FIRST_LAYERS == len(first.model.model.layers)
-    _, tiles, prompt = first.case(draw("which", "train", random.Random(4)))
-    with torch.no_grad():
-        before, after = (stage.answers_loss(stage.encode([tiles])[0], [prompt])[0] for stage in (first, full))
-    torch.testing.assert_close(before, after)
-
-
 def test_a_few_steps_lower_the_loss_and_a_run_resumes(tmp_path, built_in_font):
-    whole = run(arguments("full"), tmp_path / "whole", max_steps=16, save_steps=8, eval_steps=8)
+    whole = run(arguments(), tmp_path / "whole", max_steps=16, save_steps=8, eval_steps=8)
     losses = [line["loss"] for line in whole if "loss" in line]
     assert losses[-1] < losses[0] - 0.5
     checkpoint = tmp_path / "whole" / "checkpoint-8"
-    resumed = run(arguments("full"), tmp_path / "rest", max_steps=16, resume_from_checkpoint=str(checkpoint))
+    resumed = run(arguments(), tmp_path / "rest", max_steps=16, resume_from_checkpoint=str(checkpoint))
     assert [line["step"] for line in whole if "eval_score" in line] == [8, 16]
     again = [line["loss"] for line in resumed if "loss" in line]
     assert again == pytest.approx(losses, rel=0.05)  # the full tiles beside the samples are others
@@ -318,6 +303,24 @@ def test_a_step_sets_every_weight_by_the_schedule(built_in_font, monkeypatch):
         group["lr"] = 0.01
     optimizer.step()
     assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_the_tower_learns_at_its_share_of_the_rate(built_in_font, monkeypatch):
+    monkeypatch.setattr(stages.JointStage, "draw_unseen", lambda *_: [])
+    stage = stages.JointStage(arguments(), random.Random(0))
+    optimizer = train.MuonAdamW(stage, 0.01, 0.001, tower_scale=0.2)
+    rates = {weight: group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    assert {rates[weight] for weight in stage.model.vit.parameters()} == {0.002, 0.0002}
+    assert {rates[weight] for weight in stage.head.parameters()} == {0.0002}
+    assert {rates[weight] for weight in stage.model.model.parameters()} == {0.01, 0.001}
+    assert len(rates) == len(list(stage.parameters()))
+
+
+def test_small_print_comes_once_some_reading_is_known():
+    drawer = Drawer("train", random.Random(5), FAMILIES)
+    early, late = ([drawer.draw(progress).ability for _ in range(300)] for progress in (0.0, 0.5))
+    assert "small" not in early and late.count("small") > 20
+    assert early.count("which") > 2 * late.count("which") > 0
 
 
 def test_batches_that_are_to_be_added_up_are_refused(tmp_path):
@@ -355,7 +358,7 @@ def test_two_processes_train_one_model_on_samples_of_their_own(tmp_path):
 
 def test_a_short_run_learns_to_name_colours(tmp_path, built_in_font, monkeypatch):
     """From scratch, in half a minute, far above the one in eight of chance."""
-    monkeypatch.setattr(stages.JointStage, "lessons", Lessons({"colour": 1.0}, WEIGHTS, several=False))
+    monkeypatch.setattr(stages.JointStage, "lessons", {"colour": (1.0, 1.0)})
     monkeypatch.setattr(stages.JointStage, "abilities", ("colour",))
     log = run(arguments(validation=100), tmp_path, max_steps=60, per_device_train_batch_size=32)
     assert next(line["eval_colour"] for line in log if line["step"] == 60 and "eval_colour" in line) > 0.5

@@ -15,13 +15,14 @@ from torch.nn import functional
 
 from .dense import UNKNOWN
 from .prompts import TOKENS_ALONG_TILE, Prompt
-from .questions import COLOURS, SHAPES
+from .questions import COLOURS, MOST_OBJECTS, SHAPES
 
 ORDER_LAYER, ASKED_LAYER = 2, 3  # after how many of the decoder's layers a picture's tokens have to know
 POINTER_LAYERS = (2, 3)
 READING_LAYERS = (2, 3)
-POINTER_HEAD, READING_HEAD, COPYING_HEAD = (0, 0), (0, 1), (1, 0)  # (keys, which of the heads that have them)
-MOST_PICTURES, MOST_OBJECTS = 3, 6
+# (keys, which of the heads that have them)
+POINTER_HEAD, READING_HEAD, COPYING_HEAD = (0, 0), (0, 1), (1, 0)
+MOST_PICTURES = 3
 MOST_TILES = 6  # along a picture
 PLACE_WEIGHT = 0.3
 READING_WEIGHT = 0.3

@@ -1,4 +1,4 @@
-"""Draws a run's curves: `python -m tools.nano.curves runs/full/trainer_state.json --out docs/nano.png`.
+"""Draws a run's curves: `python -m tools.nano.curves runs/joint/trainer_state.json --out docs/nano.png`.
 
 Left the loss of the answers, right the share of unseen answers that come out exactly, by ability. Needs
 matplotlib.

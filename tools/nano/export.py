@@ -40,7 +40,7 @@ def model_of(
     pieces = SentencePieceProcessor(model_file=str(root / "tokenizer.model"))
     weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
     torch.manual_seed(0)
-    model = InternLMXComposer2ForCausalLM(make_config(pieces, num_layers_of(weights), task_adapters))
+    model = InternLMXComposer2ForCausalLM(make_config(pieces, task_adapters))
     for name, parameter in model.named_parameters():
         if ".lora_" in name and "_B." in name:
             nn.init.zeros_(parameter)
@@ -51,13 +51,6 @@ def model_of(
     model.generation_config.eos_token_id = [pieces.eos_id(), pieces.piece_to_id(END_OF_TURN)]
     model.generation_config.do_sample = False
     return model
-
-
-def num_layers_of(weights: dict[str, Tensor]) -> int:
-    """How many layers the decoder of these weights has."""
-    return 1 + max(
-        int(key.split(".layers.")[1].split(".")[0]) for key in weights if key.startswith("model.layers.")
-    )
 
 
 def main() -> None:

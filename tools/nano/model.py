@@ -1,4 +1,4 @@
-"""The sizes of nano, what makes it quicker to train, how it grows, and how it is written out."""
+"""The sizes of nano, what makes it quicker to train, and how it is written out."""
 
 import torch
 from internlm_xcomposer2.configuration_internlm_xcomposer2 import InternLMXcomposer2Config
@@ -17,7 +17,6 @@ TOWER = {
     "image_size": 112,
     "patch_size": 14,
 }
-FIRST_LAYERS, LAYERS = 4, 6  # of the decoder: in the first lessons, and once there is more to learn
 QUICK_GELU = 1.702
 
 
@@ -66,31 +65,24 @@ def quicken(model: nn.Module) -> None:
                 setattr(parent, name, MaskedPLoRA(child))
 
 
-def new_model(pieces: SentencePieceProcessor, num_layers: int) -> InternLMXComposer2ForCausalLM:
+def new_model(pieces: SentencePieceProcessor) -> InternLMXComposer2ForCausalLM:
     """Nano with random weights. It has no dropout at this size, and its low-rank weights start at zero."""
-    model = InternLMXComposer2ForCausalLM(make_config(pieces, num_layers)).eval()
+    model = InternLMXComposer2ForCausalLM(make_config(pieces)).eval()
     for name, parameter in model.named_parameters():
         if "Plora_B" in name:
             nn.init.zeros_(parameter)
     return model
 
 
-def grow(model: InternLMXComposer2ForCausalLM, num_layers: int) -> None:
-    """Makes the layers from `num_layers` on do nothing yet, so that they can stand behind trained ones."""
-    for layer in model.model.layers[num_layers:]:
-        nn.init.zeros_(layer.attention.wo.linear.weight)
-        nn.init.zeros_(layer.feed_forward.w2.linear.weight)
-
-
 def make_config(
-    pieces: SentencePieceProcessor, num_layers: int = LAYERS, task_adapters: dict[str, int] | None = None
+    pieces: SentencePieceProcessor, task_adapters: dict[str, int] | None = None
 ) -> InternLMXcomposer2Config:
     """The sizes of nano; ids are those of the tokenizer in the same folder."""
     return InternLMXcomposer2Config(
         version="2.5",
         vocab_size=pieces.vocab_size(),
         hidden_size=128,
-        num_hidden_layers=num_layers,
+        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=384,

@@ -8,13 +8,13 @@ import random
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black")
 NUMBER_WORDS = ("one", "two", "three", "four", "five", "six")
+MOST_OBJECTS = len(NUMBER_WORDS)
 WAYS = ("left", "right", "up", "down")
 PLACES = (
     ("top left", "top", "top right"),
     ("left", "centre", "right"),
     ("bottom left", "bottom", "bottom right"),
 )
-FIRST_ABILITIES = ("number", "word", "shape", "colour", "count", "which")
 ABILITIES = (
     "number",
     "word",

@@ -4,7 +4,7 @@ import dataclasses
 import random
 
 from .pictures import Picture, Thing, draw_object, draw_objects, draw_text, random_thing
-from .questions import COLOURS, NUMBER_WORDS, PLURALS, WAYS, ask, ask_about_one, frame_pictures
+from .questions import COLOURS, MOST_OBJECTS, NUMBER_WORDS, PLURALS, WAYS, ask, ask_about_one, frame_pictures
 from .scenes import (
     COMPRESSED_SHARE,
     compress,
@@ -16,7 +16,7 @@ from .scenes import (
     place_in,
 )
 from .talk import article, small_talk, web_page
-from .words import FIRST_WEIGHTS, KINDS, WEIGHTS, random_string
+from .words import KINDS, WEIGHTS, random_string
 
 IMAGE_MARK = "<ImageHere>"
 QUESTION_FIRST_SHARE = 0.65  # of the training pairs; the rest name the thing behind the pictures
@@ -28,42 +28,24 @@ SMALL_BUDGETS = {9: 3, 6: 2, 4: 2}  # hd_num: tiles along a square picture
 SMALL_LENGTHS = (2, 3, 4, 5, 6)
 FRAMES = (2, 3, 4, 5)  # seconds of a video, one frame of each is seen
 NAMES_LENGTHS = (2, 3, 4)  # of what is on a receipt
-
-
-@dataclasses.dataclass(frozen=True)
-class Lessons:
-    """What training draws: the share of each kind of sample, the lengths of strings, the most objects."""
-
-    mix: dict[str, float]
-    weights: dict[str, tuple[int, ...]]
-    most: int = 6
-    several: bool = True  # three pictures, too
-
-
-FIRST_LESSONS = Lessons(
-    {"number": 0.17, "word": 0.34, "object": 0.05, "count": 0.18, "which": 0.26}, FIRST_WEIGHTS, 5, False
-)
-LESSONS = Lessons(
-    {
-        "number": 0.08,
-        "word": 0.11,
-        "code": 0.13,
-        "small": 0.13,
-        "total": 0.12,
-        "object": 0.02,
-        "count": 0.07,
-        "where": 0.02,
-        "which": 0.03,
-        "more": 0.03,
-        "way": 0.04,
-        "last": 0.08,
-        "caption": 0.07,
-        "talk": 0.04,
-        "page": 0.02,
-        "article": 0.01,
-    },
-    WEIGHTS,
-)
+LESSONS = {  # the share of each kind of sample in training, at its beginning and from the middle on
+    "number": (0.11, 0.07),
+    "word": (0.18, 0.11),
+    "code": (0.08, 0.15),
+    "small": (0.00, 0.15),
+    "total": (0.05, 0.13),
+    "object": (0.04, 0.01),
+    "count": (0.12, 0.06),
+    "where": (0.05, 0.02),
+    "which": (0.16, 0.04),
+    "more": (0.05, 0.03),
+    "way": (0.06, 0.05),
+    "last": (0.02, 0.08),
+    "caption": (0.03, 0.05),
+    "talk": (0.03, 0.03),
+    "page": (0.01, 0.01),
+    "article": (0.01, 0.01),
+}
 
 
 @dataclasses.dataclass
@@ -85,16 +67,17 @@ class Drawer:
         split: str,
         rng: random.Random,
         families: list[list[str]],
-        lessons: Lessons = LESSONS,
+        lessons: dict[str, tuple[float, float]] = LESSONS,
     ):
         """Training asks several questions about a picture; the others ask one, of all lengths alike."""
         self.split, self.rng, self.families = split, rng, families
         self.training, self.lessons = split == "train", lessons
 
-    def draw(self) -> Sample:
-        """A sample of the lessons' mix; some say `<ImageHere>` themselves."""
-        mix, rng = self.lessons.mix, self.rng
-        sample = self.sample(rng.choices(list(mix), list(mix.values()))[0])
+    def draw(self, progress: float = 1.0) -> Sample:
+        """A sample of the lessons' mix at `progress`, from 0 to 1; some say `<ImageHere>` themselves."""
+        rng, later = self.rng, min(1.0, 2 * progress)
+        shares = [first + later * (last - first) for first, last in self.lessons.values()]
+        sample = self.sample(rng.choices(list(self.lessons), shares)[0])
         if len(sample.pictures) == 1 and not sample.frames and rng.random() < EXPLICIT_MARK_SHARE:
             question, answer = sample.turns[0]
             blank = rng.choice(("", "", " ", "\n"))
@@ -125,8 +108,7 @@ class Drawer:
     # ---- text ----
 
     def string(self, kind: str, length: int | None = None) -> str:
-        weights = self.lessons.weights[kind]
-        weights = weights if self.training else [min(1, weight) for weight in weights]
+        weights = WEIGHTS[kind] if self.training else [min(1, weight) for weight in WEIGHTS[kind]]
         return random_string(kind, self.split, self.rng, length, weights)
 
     def _text(self, kind: str) -> Sample:
@@ -153,7 +135,7 @@ class Drawer:
 
     def _some(self, turns: list[tuple[str, str]], always: int = 0) -> list[tuple[str, str]]:
         """The first turns, and at times some of the others."""
-        if not self.lessons.several or self.rng.random() < 0.6:
+        if self.rng.random() < 0.6:
             return turns[: max(1, always)]
         rest = turns[always:]
         self.rng.shuffle(rest)
@@ -196,8 +178,7 @@ class Drawer:
     def _object(self, ability: str) -> Sample:
         thing = random_thing(self.rng)
         picture, turns = draw_object(self.rng, self.split, thing), self._object_turns(thing)
-        if self.lessons.several:
-            turns += [(ask("count", self.rng), "1"), self._captioned(f"a {thing.name}")]
+        turns += [(ask("count", self.rng), "1"), self._captioned(f"a {thing.name}")]
         self.rng.shuffle(turns)
         if ability == "object":
             turns = turns[:3]
@@ -210,8 +191,8 @@ class Drawer:
         return ask("caption", self.rng), f"The picture shows {what}."
 
     def _count(self) -> Sample:
-        rng, most = self.rng, self.lessons.most
-        count, thing = rng.randint(1, most), random_thing(rng)
+        rng = self.rng
+        count, thing = rng.randint(1, MOST_OBJECTS), random_thing(rng)
         style = rng.random()
         if style < 0.6:  # all of one shape, of one colour or of many
             colours = [thing.colour if style < 0.4 else rng.choice(COLOURS) for _ in range(count)]
@@ -252,7 +233,7 @@ class Drawer:
         elif style < 0.7:
             return self._first_three(self._object("follow-up"))
         else:
-            thing, count = random_thing(rng), rng.randint(2, self.lessons.most)
+            thing, count = random_thing(rng), rng.randint(2, MOST_OBJECTS)
             picture = draw_objects(rng, self.split, [thing] * count)
             turns = [(ask("count", rng), str(count)), *self._group_turns([thing] * count)]
         rng.shuffle(turns)
@@ -269,7 +250,7 @@ class Drawer:
                 "caption", [draw_object(rng, self.split, thing)], [self._captioned(f"a {thing.name}")]
             )
         if style < 0.7:
-            things = [random_thing(rng)] * rng.randint(2, self.lessons.most)
+            things = [random_thing(rng)] * rng.randint(2, MOST_OBJECTS)
             return Sample("caption", [draw_objects(rng, self.split, things)], self._group_turns(things)[-1:])
         kind = rng.choice(KINDS)
         text = self.string(kind, rng.randint(2, 5))
@@ -284,7 +265,7 @@ class Drawer:
         Training asks about each of them as well: what is where has to be known before it can be compared.
         """
         rng = self.rng
-        count = 3 if self.lessons.several and rng.random() < THREE_SHARE else 2
+        count = 3 if rng.random() < THREE_SHARE else 2
         asked = random_thing(rng)
         others = [random_thing(rng, but=asked) for _ in range(count - 1)]
         name = self._name_apart(asked, others)
@@ -327,7 +308,7 @@ class Drawer:
     def _more(self) -> Sample:
         """Which of two or three pictures has the most objects; training asks how many each of them has."""
         rng = self.rng
-        counts = rng.sample(range(1, self.lessons.most + 1), 3 if rng.random() < THREE_SHARE else 2)
+        counts = rng.sample(range(1, MOST_OBJECTS + 1), 3 if rng.random() < THREE_SHARE else 2)
         thing = random_thing(rng)
         pictures = [draw_objects(rng, self.split, [thing] * count) for count in counts]
         turns = [(ask("more", rng), f"picture {counts.index(max(counts)) + 1}")]

@@ -16,10 +16,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from .asides import Asides, ids_of_names
 from .dense import DenseHead, Pages, dense_loss, glyph_accuracy
 from .fonts import find_fonts
-from .model import FIRST_LAYERS, LAYERS, TOWER, grow, new_model, quicken
+from .model import TOWER, new_model, quicken
 from .prompts import Prompt, Tiles, make_prompt, normalise, tiles_of
-from .questions import ABILITIES, FIRST_ABILITIES, PLACES, WAYS
-from .samples import FIRST_LESSONS, LESSONS, Drawer, Lessons, Sample
+from .questions import ABILITIES, PLACES, WAYS
+from .samples import LESSONS, Drawer, Sample
 
 DENSE_WEIGHT = 0.5  # of the dense loss beside that of the answers
 ASIDE_WEIGHT = 1.0
@@ -39,7 +39,7 @@ LabelledTile = tuple[np.ndarray, np.ndarray]
 class StageArguments:
     """What is trained, and from what."""
 
-    stage: str = field(metadata={"help": "dense, joint or full", "choices": ("dense", "joint", "full")})
+    stage: str = field(metadata={"help": "dense or joint", "choices": ("dense", "joint")})
     stage_before: Path | None = field(default=None, metadata={"help": "folder of the weights to start from"})
     root: Path = field(default=Path(), metadata={"help": "folder of the package and its tokenizer"})
     fonts: list[str] | None = field(
@@ -47,6 +47,9 @@ class StageArguments:
     )
     validation: int = field(default=100, metadata={"help": "samples of each ability to choose by"})
     muon_lr: float = field(default=0.02, metadata={"help": "learning rate of the matrices"})
+    tower_lr_scale: float = field(
+        default=1.0, metadata={"help": "learning rates of tower and dense head, as a share of the others'"}
+    )
 
     def __post_init__(self) -> None:
         self.root = Path(self.root)
@@ -71,8 +74,8 @@ class DenseStage(nn.Module):
         """(tiles, 3, 112, 112) -> (tiles, 16, 16, classes)"""
         return self.head(self.tower(pixel_values=tiles).last_hidden_state[:, 1:])
 
-    def draw(self) -> LabelledTile:
-        """One tile of training."""
+    def draw(self, progress: float) -> LabelledTile:
+        """One tile of training, the same kind at any time."""
         return self.pages.cut()
 
     def backward(self, batch: list[LabelledTile]) -> float:
@@ -98,11 +101,10 @@ class DenseStage(nn.Module):
 
 
 class JointStage(nn.Module):
-    """The whole model on questions about pictures, and the dense task beside it."""
+    """The whole model on all lessons, and the dense task beside it."""
 
-    lessons: Lessons = FIRST_LESSONS
-    abilities: tuple[str, ...] = FIRST_ABILITIES
-    num_layers = FIRST_LAYERS
+    lessons: dict[str, tuple[float, float]] = LESSONS
+    abilities: tuple[str, ...] = ABILITIES
 
     def __init__(self, arguments: StageArguments, rng: random.Random):
         super().__init__()
@@ -110,7 +112,7 @@ class JointStage(nn.Module):
         self.drawer = Drawer("train", rng, families, self.lessons)
         self.losses: dict[str, float] = {}
         self.pieces = SentencePieceProcessor(model_file=str(arguments.root / "tokenizer.model"))
-        self.model = new_model(self.pieces, self.num_layers)
+        self.model = new_model(self.pieces)
         self.head = DenseHead(TOWER["hidden_size"])
         self.asides = Asides(self.model.config.hidden_size, ids_of_names(self.pieces.piece_to_id))
         if arguments.stage_before:
@@ -139,9 +141,9 @@ class JointStage(nn.Module):
         tiles = tiles_of(sample)
         return sample, tiles, make_prompt(sample, tiles, self.pieces, self.model.config.image_token_id)
 
-    def draw(self) -> Case:
-        """One sample of training."""
-        return self.case(self.drawer.draw())
+    def draw(self, progress: float) -> Case:
+        """One sample of training at `progress`, from 0 to 1."""
+        return self.case(self.drawer.draw(progress))
 
     def backward(self, cases: list[Case]) -> float:
         """Adds the gradients of a batch and of some tiles full of text; returns the answers' loss."""
@@ -260,26 +262,6 @@ class JointStage(nn.Module):
         scores = {name: sum(rights) / len(rights) for name, rights in sorted(tally.items())}
         abilities = [scores[ability] for ability in self.abilities]
         return {**scores, "score": (min(abilities) + sum(abilities) / len(abilities)) / 2}
-
-
-class FullStage(JointStage):
-    """Everything that nano learns, by a deeper decoder that begins as the one of the joint stage."""
-
-    lessons, abilities, num_layers = LESSONS, ABILITIES, LAYERS
-
-    def load(self, path: Path) -> None:
-        """Takes everything from a checkpoint of the joint stage; what that lacks does nothing yet."""
-        state = load_file(path / WEIGHTS)
-        grow(self.model, FIRST_LAYERS)
-        weights = part_of(state, "model.")
-        lacking = self.model.load_state_dict(weights, strict=False)
-        new = [key for key in lacking.missing_keys if int(key.split(".")[2]) < FIRST_LAYERS]
-        if new or lacking.unexpected_keys:
-            raise ValueError(
-                f"{path} lacks {new} and holds {lacking.unexpected_keys}; give a joint checkpoint"
-            )
-        self.head.load_state_dict(part_of(state, "head."))
-        self.asides.load_state_dict(part_of(state, "asides."))
 
 
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

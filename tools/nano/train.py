@@ -1,11 +1,10 @@
-"""Trains nano from scratch on drawn pictures, on a CPU: the tower alone, the first lessons, all lessons.
+"""Trains nano from scratch on drawn pictures, on a CPU: the tower alone, then the whole model.
 
-    torchrun --nproc-per-node 2 -m tools.nano.train --stage dense --output_dir runs/dense --max_steps 1150
-    torchrun --nproc-per-node 2 -m tools.nano.train --stage joint --output_dir runs/joint --max_steps 3500 \\
-        --stage_before runs/dense/best
-    torchrun --nproc-per-node 2 -m tools.nano.train --stage full --output_dir runs/full --max_steps 5250 \\
-        --stage_before runs/joint/best
-    python -m tools.nano.export --checkpoint runs/full/best --out .
+    torchrun --nproc-per-node 2 -m tools.nano.train --stage dense --output_dir runs/dense --max_steps 1150 \\
+        --per_device_train_batch_size 64
+    torchrun --nproc-per-node 2 -m tools.nano.train --stage joint --output_dir runs/joint --max_steps 7500 \\
+        --stage_before runs/dense/best --muon_lr 0.015 --tower_lr_scale 0.2
+    python -m tools.nano.export --checkpoint runs/joint/best --out .
 
 Two processes of one thread each are faster than one of two. The flags of transformers' `TrainingArguments`
 are taken, but the optimizers are always these; `--resume_from_checkpoint` names the checkpoint of a run that
@@ -23,16 +22,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from .stages import DenseStage, FullStage, JointStage, StageArguments
+from .stages import DenseStage, JointStage, StageArguments
 
-STAGES = {"dense": DenseStage, "joint": JointStage, "full": FullStage}
+STAGES = {"dense": DenseStage, "joint": JointStage}
 BEST = "best"  # folder, in the output directory, of the weights that did best on the validation samples
 
 MUON = {"momentum": 0.95, "weight_decay": 0.02}
+TOWER_PARTS = ("tower.", "model.vit.", "head.")  # what the names of all that sees begin with
 ADAMW = {"betas": (0.9, 0.98), "weight_decay": 0.05}
 DEFAULTS = {
     "max_steps": 1000,
-    "per_device_train_batch_size": 48,
+    "per_device_train_batch_size": 32,
     "learning_rate": 1e-3,  # of AdamW
     "lr_scheduler_type": "cosine_with_min_lr",
     "lr_scheduler_kwargs": {"min_lr_rate": 0.005},
@@ -45,6 +45,7 @@ DEFAULTS = {
     "save_total_limit": 2,
     "load_best_model_at_end": True,
     "metric_for_best_model": "score",
+    "train_sampling_strategy": "sequential",  # lessons change on the way
     "seed": 0,
     "use_cpu": True,
     "report_to": "none",
@@ -63,22 +64,37 @@ class Drawn(Dataset):
 
     def __getitem__(self, index: int):
         self.rng.seed(f"{self.seed} {index}")
-        return self.draw()
+        return self.draw(index / self.count)
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the matrices between embeddings and heads, AdamW for everything else, as one optimizer."""
 
-    def __init__(self, model: nn.Module, muon_lr: float, learning_rate: float):
-        matrices, others = [], []
+    def __init__(self, model: nn.Module, muon_lr: float, learning_rate: float, tower_scale: float = 1.0):
+        """`tower_scale`: learning rates of the tower and its dense head, as a share of the others'."""
+        groups: dict[tuple[str, float], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             inner = any(part in name for part in (".layers.", "vision_proj.")) and "Plora" not in name
-            (matrices if inner and parameter.ndim == 2 else others).append(parameter)
-        plain = {"params": [each for each in others if each.ndim < 2], "weight_decay": 0.0}
-        decayed = {"params": [each for each in others if each.ndim >= 2]}
+            kind = "plain" if parameter.ndim < 2 else "matrix" if inner and parameter.ndim == 2 else "other"
+            scale = tower_scale if name.startswith(TOWER_PARTS) else 1.0
+            groups.setdefault((kind, scale), []).append(parameter)
+        matrices = [
+            {"params": each, "lr": muon_lr * scale}
+            for (kind, scale), each in groups.items()
+            if kind == "matrix"
+        ]
+        others = [
+            {
+                "params": each,
+                "lr": learning_rate * scale,
+                "weight_decay": ADAMW["weight_decay"] if kind == "other" else 0.0,
+            }
+            for (kind, scale), each in groups.items()
+            if kind != "matrix"
+        ]
         self.parts = (
             torch.optim.Muon(matrices, lr=muon_lr, **MUON),
-            torch.optim.AdamW([decayed, plain], lr=learning_rate, **ADAMW),
+            torch.optim.AdamW(others, lr=learning_rate, **ADAMW),
         )
         super().__init__(self._groups(), {})
         self.param_groups = self._groups()
@@ -110,7 +126,10 @@ class StageTrainer(Trainer):
         super().__init__(stage, args, data_collator=list, train_dataset=drawn, eval_dataset=stage.unseen)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        self.optimizer = MuonAdamW(self.stage, self.arguments.muon_lr, self.args.learning_rate)
+        arguments = self.arguments
+        self.optimizer = MuonAdamW(
+            self.stage, arguments.muon_lr, self.args.learning_rate, arguments.tower_lr_scale
+        )
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: list, *args, **kwargs) -> Tensor:

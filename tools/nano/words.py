@@ -25,8 +25,7 @@ STONE STORM SUGAR TABLE TIGER TRAIN TRUCK VIDEO VOICE WATER WHALE WHEEL WHITE WO
 """.split()  # noqa: SIM905
 VOWELS, CONSONANTS = "AEIOU", "BCDFGHJKLMNPQRSTVWXYZ"
 KINDS = ("number", "word", "code")  # digits, capitals, both
-# How often training draws each length: long strings are the hard ones. The first lessons stop at five.
-FIRST_WEIGHTS = {"number": (1, 2, 3, 5), "word": (1, 2, 3, 4, 6)}
+# How often training draws each length: long strings are the hard ones.
 WEIGHTS = {
     "number": (1, 1, 2, 2, 3, 4, 5, 6),
     "word": (1, 1, 2, 3, 4, 5, 6, 7),
