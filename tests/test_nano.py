@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
+from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, TrainingArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.nano import export, stages, train  # noqa: E402
+from tools.nano import asides, export, stages, train  # noqa: E402
 from tools.nano.dense import NAMES, grid_labels, mark_table  # noqa: E402
 from tools.nano.fonts import BUILT_IN, SPLITS, split_of  # noqa: E402
 from tools.nano.pictures import TILE, draw_text  # noqa: E402
@@ -272,6 +273,38 @@ def model_inputs(tiles: list, prompt) -> dict[str, torch.Tensor]:
         inputs["pixel_values"] = torch.cat(pixels)
         inputs["image_grid_hw"] = torch.tensor([each.grid for each in tiles])
     return inputs
+
+
+@pytest.mark.parametrize(("shown", "known"), [((0, 1), True), ((1, 0), False)])
+def test_a_head_that_sees_the_words_for_a_picture_is_told_from_one_that_does_not(
+    shown, known, built_in_font, monkeypatch
+):
+    """Tokens that carry what picture `shown[p]` holds look at the words of the same name."""
+    monkeypatch.setattr(stages.JointStage, "draw_unseen", lambda *_: [])
+    stage, rng = stages.JointStage(arguments(), random.Random(0)), random.Random(2)
+    cases = (stage.case(draw("which", "held_back", rng)) for _ in range(100))
+    _, _, prompt = next(
+        case
+        for case in cases
+        if case[2].num_pictures == 2 and not set(case[2].things[0]) & {*case[2].things[1], asides.UNKNOWN}
+    )
+    colours, shapes = stage.asides.name_ids
+    ids = torch.tensor([prompt.ids])
+    mask = ids == stage.model.config.image_token_id
+
+    def one_head(*_):
+        keys = functional.one_hot(ids, stage.model.config.vocab_size).float()
+        names = [keys.new_zeros(keys.shape[-1]) for _ in prompt.things]
+        for name, (colour, shape) in zip(names, prompt.things, strict=True):
+            name[[colours[colour], shapes[shape]]] = 30.0
+        queries = torch.zeros_like(keys)
+        queries[mask] = torch.stack([names[at] for at in shown]).repeat_interleave(int(mask.sum()) // 2, 0)
+        return queries, keys
+
+    monkeypatch.setattr(asides, "one_head", one_head)
+    hidden = [torch.zeros(*ids.shape, 1)] * 3
+    loss = stage.asides.matches_loss(stage.model.model, hidden, mask, [prompt])
+    assert (loss < 0.01) if known else (loss > 3)
 
 
 def test_a_few_steps_lower_the_loss_and_a_run_resumes(tmp_path, built_in_font):

@@ -21,7 +21,7 @@ ORDER_LAYER, ASKED_LAYER = 2, 3  # after how many of the decoder's layers a pict
 POINTER_LAYERS = (2, 3)
 READING_LAYERS = (2, 3)
 # (keys, which of the heads that have them)
-POINTER_HEAD, READING_HEAD, COPYING_HEAD = (0, 0), (0, 1), (1, 0)
+POINTER_HEAD, READING_HEAD, COPYING_HEAD, MATCHING_HEAD = (0, 0), (0, 1), (1, 0), (1, 1)
 MOST_PICTURES = 3
 MOST_TILES = 6  # along a picture
 PLACE_WEIGHT = 0.3
@@ -59,6 +59,7 @@ class Asides(nn.Module):
             "names": self.names_loss(decoder, hidden, mask, prompts),
             "order": self.order_loss(hidden, mask, prompts),
             "asked": self.asked_loss(hidden, mask, prompts),
+            "matches": self.matches_loss(decoder, hidden, mask, prompts),
             "counts": self.counts_loss(hidden, mask, prompts),
             "pointer": self.pointer_loss(decoder, hidden, mask, prompts),
         }
@@ -109,6 +110,32 @@ class Asides(nn.Module):
         for field, ids in enumerate(self.name_ids):
             loss = loss + known_loss(means @ decoder.tok_embeddings.weight[ids].T, things[..., field])
         return loss
+
+    def matches_loss(
+        self, decoder: nn.Module, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]
+    ) -> Tensor:
+        """How little one head of each picture's tokens sees of the question's words for what it shows.
+
+        Where the question has none for it, how much it sees of the words for something else.
+        """
+        query, key = one_head(decoder, ORDER_LAYER, MATCHING_HEAD, hidden[ORDER_LAYER], mask)
+        terms = []
+        for row, prompt in enumerate(prompts):
+            if prompt.asked == UNKNOWN:
+                continue
+            tokens = mask[row].nonzero()
+            names = {
+                each: (field, at) for field, ids in enumerate(self.name_ids) for at, each in enumerate(ids)
+            }
+            words = {at: names[each] for at, each in enumerate(prompt.ids[: tokens[0]]) if each in names}
+            scores = query[row, tokens[:, 0]] @ key[row].T
+            scores = scores.masked_fill(torch.arange(scores.shape[1]) > tokens, -torch.inf)
+            seen = scores.softmax(-1)[:, list(words)].unflatten(0, (prompt.num_pictures, -1)).mean(1)
+            for shares, thing in zip(seen, prompt.things, strict=True):
+                right = torch.tensor([thing[field] == name for field, name in words.values()])
+                share = shares[right].sum() if right.any() else 1 - shares.sum()
+                terms.append(-share.clamp_min(1e-6).log())
+        return torch.stack(terms).mean() if terms else hidden[0].new_zeros(())
 
     def pointer_loss(
         self, decoder: nn.Module, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]
