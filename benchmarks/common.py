@@ -184,6 +184,11 @@ class Marks(LogitsProcessor):
         return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
 
 
+def to_digits(value: float, digits: int = 3) -> float:
+    """`value` with as many significant digits, so that little of something is never none of it."""
+    return float(f"{value:.{digits}g}")
+
+
 def spread(seconds: list[float]) -> dict[str, float]:
     """Median, least and most, in seconds."""
     values = {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}

@@ -93,8 +93,10 @@ def measure(grid: tuple[int, int], mode: str, num_new: int, repeats: int, size: 
         "attention_s": None if attention is None else round(attention, 4),
         "prefill_tokens_per_s": round(num_tokens / prefill["median"], 1),
         "decode_tokens_per_s": round(1 / decode["median"], 2),
-        "prefill_gflops": round(useful_products(model, num_tokens, num_image_tokens) / prefill["median"], 1),
-        "decode_gb_per_s": round(bytes_read(model, num_tokens) / decode["median"], 2),
+        "prefill_gflops": common.to_digits(
+            useful_products(model, num_tokens, num_image_tokens) / prefill["median"]
+        ),
+        "decode_gb_per_s": common.to_digits(bytes_read(model, num_tokens) / decode["median"]),
     }
 
 
@@ -131,8 +133,8 @@ def main() -> None:
                 repeats=arguments.repeats,
                 **common.model_options(arguments),
             )
-            row["prefill_share"] = round(row["prefill_gflops"] / limits["gflops"], 3)
-            row["decode_share"] = round(row["decode_gb_per_s"] / limits["gb_per_s"], 3)
+            row["prefill_share"] = common.to_digits(row["prefill_gflops"] / limits["gflops"])
+            row["decode_share"] = common.to_digits(row["decode_gb_per_s"] / limits["gb_per_s"])
             rows.append(row)
             common.print_row(row)
     compared = common.ratios(rows, ("image_tokens",), ("prefill", "decode", "peak_gb"))
