@@ -28,8 +28,8 @@ STAGES = {"dense": DenseStage, "joint": JointStage}
 BEST = "best"  # folder, in the output directory, of the weights that did best on the validation samples
 
 MUON = {"momentum": 0.95, "weight_decay": 0.02}
-TOWER_PARTS = ("tower.", "model.vit.", "head.")  # what the names of all that sees begin with
 ADAMW = {"betas": (0.9, 0.98), "weight_decay": 0.05}
+TOWER_PARTS = ("tower.", "model.vit.", "head.")  # what the names of all that sees begin with
 DEFAULTS = {
     "max_steps": 1000,
     "per_device_train_batch_size": 32,
