@@ -98,13 +98,7 @@ class RowEncoder:
         tokenizer = processor.tokenizer
         self.opening = tokenizer(f"{BEGIN_OF_TURN}assistant", add_special_tokens=False)["input_ids"]
         self.end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        pieces = [
-            BEGIN_OF_TURN,
-            END_OF_TURN,
-            processor.image_piece,
-            VIDEO_MARK,
-            *tokenizer.all_special_tokens,
-        ]
+        pieces = [BEGIN_OF_TURN, END_OF_TURN, processor.image_piece, VIDEO_MARK]
         self.markup = tuple(dict.fromkeys([*pieces, *tokenizer.all_special_tokens]))
 
     @property
