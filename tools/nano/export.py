@@ -1,4 +1,4 @@
-"""Writes a trained stage as a model: `python -m tools.nano.export --checkpoint runs/full/best --out .`"""
+"""Writes a trained stage as a model: `python -m tools.nano.export --checkpoint runs/joint/best --out .`"""
 
 import argparse
 from pathlib import Path
