@@ -1,6 +1,6 @@
 # make demo   questions about the pictures in examples/, with the model's answers
 # make test   the tests, on a CPU and offline
-# make nano   trains nano from scratch into the root, in an estimated 3.5 hours on two cores (docs/nano.md)
+# make nano   trains nano from scratch into the root, in about 3.5 hours on two cores (docs/nano.md)
 #
 # All create .venv once and reuse it. TORCH is the torch requirement to install: the default is what pip
 # takes for this machine, `TORCH=torch==2.13.0` pins a version.
