@@ -4,21 +4,32 @@ Importing this package registers its classes, so that `AutoModel.from_pretrained
 published checkpoints with this code instead of the code that lies beside them.
 """
 
+import functools
+import os
+
 import transformers
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from .auto_internlm_xcomposer2 import MODEL_CLASSES
 from .configuration_internlm_xcomposer2 import (
+    MODEL_CLASSES,
     PUBLISHED_MODEL_TYPES,
     InternLMXcomposer2Config,
     InternLMXcomposer2TextConfig,
 )
-from .image_processor_internlm_xcomposer2 import InternLMXComposer2ImageProcessor
+from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImageProcessor
 from .modeling_internlm2 import InternLM2Model
-from .modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
+from .modeling_internlm_xcomposer2 import (
+    InternLMXComposer2ForCausalLM,
+    InternLMXComposer2ForSequenceClassification,
+)
 from .processing_internlm_xcomposer2 import InternLMXComposer2Processor
-from .reward_internlm_xcomposer2 import InternLMXComposer2ForSequenceClassification
 from .tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
 
 __all__ = [
@@ -33,48 +44,58 @@ __all__ = [
 ]
 
 
-class _PublishedConfig(InternLMXcomposer2Config):
-    """Reads a published file whose `model_type` is that of the text-only decoder."""
-
-    @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
-        """An `InternLMXcomposer2Config`.
-
-        Raises:
-            ValueError: the file describes a text-only InternLM, which shares these model types.
-        """
-        architectures = config_dict.get("architectures") or []
-        if architectures and not any(name.startswith("InternLMXComposer2") for name in architectures):
-            raise ValueError(
-                f"{', '.join(architectures)} is no InternLM-XComposer2 but shares its model type "
-                f"{config_dict.get('model_type')!r}; load it in a process that has not imported "
-                "internlm_xcomposer2"
-            )
-        return InternLMXcomposer2Config.from_dict(config_dict, **kwargs)
-
-
 def _register() -> None:
-    for model_type in PUBLISHED_MODEL_TYPES:
-        config_class = InternLMXcomposer2Config
-        if model_type != config_class.model_type:
-            config_class = type("_PublishedConfig", (_PublishedConfig,), {"model_type": model_type})
-        AutoConfig.register(model_type, config_class, exist_ok=True)
+    config_class = InternLMXcomposer2Config
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for name in MODEL_CLASSES:
-        auto_class = getattr(transformers, name)
-        auto_class.register(InternLMXcomposer2Config, InternLMXComposer2ForCausalLM, exist_ok=True)
+        getattr(transformers, name).register(config_class, InternLMXComposer2ForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(
-        InternLMXcomposer2Config, InternLMXComposer2ForSequenceClassification, exist_ok=True
+        config_class, InternLMXComposer2ForSequenceClassification, exist_ok=True
     )
-    AutoTokenizer.register(
-        InternLMXcomposer2Config, slow_tokenizer_class=InternLMXComposer2Tokenizer, exist_ok=True
-    )
+    AutoTokenizer.register(config_class, slow_tokenizer_class=InternLMXComposer2Tokenizer, exist_ok=True)
     AutoImageProcessor.register(
-        InternLMXcomposer2Config,
-        image_processor_classes={"pil": InternLMXComposer2ImageProcessor},
-        exist_ok=True,
+        config_class, image_processor_classes={"pil": InternLMXComposer2ImageProcessor}, exist_ok=True
     )
-    AutoProcessor.register(InternLMXcomposer2Config, InternLMXComposer2Processor, exist_ok=True)
+    AutoProcessor.register(config_class, InternLMXComposer2Processor, exist_ok=True)
+
+
+def _recognise_published() -> None:
+    """Let `AutoConfig` read published checkpoints whose model type is that of the text-only decoder.
+
+    Those types can't be registered, as text-only checkpoints have them too, which need their own code.
+    """
+    read = AutoConfig.from_pretrained.__func__
+
+    @functools.wraps(read)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        own = {name: value for name, value in kwargs.items() if name not in _OF_REMOTE_CODE}
+        if not is_published(pretrained_model_name_or_path, **own):
+            return read(cls, pretrained_model_name_or_path, **kwargs)
+        return InternLMXcomposer2Config.from_pretrained(pretrained_model_name_or_path, **own)
+
+    AutoConfig.from_pretrained = classmethod(from_pretrained)
+
+
+_OF_REMOTE_CODE = ("trust_remote_code", "code_revision")
+
+
+def is_published(source: str | os.PathLike, **kwargs) -> bool:
+    """Whether a `config.json` is that of a checkpoint of this family under another model type.
+
+    Args:
+        kwargs: those of `AutoConfig.from_pretrained`, but for the two about remote code.
+    """
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
+    except Exception:  # whatever is wrong with it is AutoConfig's to say
+        return False
+    if fields.get("model_type") not in PUBLISHED_MODEL_TYPES[1:]:
+        return False
+    auto_map = fields.get("auto_map") or {}
+    names = [*(fields.get("architectures") or ()), *(str(name).split(".")[-1] for name in auto_map.values())]
+    return not names or any(name.lower().startswith("internlmxcomposer2") for name in names)
 
 
 if __name__ == "internlm_xcomposer2":  # pytest imports the same file under the name of its directory
     _register()
+    _recognise_published()

@@ -1,16 +1,42 @@
 """Vision tower, 2x2 merge, projector and the Partial LoRA linear. Built from a configuration, unloaded."""
 
+import sys
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPPreTrainedModel, CLIPVisionEmbeddings
 
 from .configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2Config
-from .training_internlm_xcomposer2 import is_frozen, is_shared_out
+from .image_processing_internlm_xcomposer2 import split_tiles
 
 # How many tiles go through the tower at once: bounds the memory of a 4K picture or a long video.
 MAX_TILES_PER_BATCH = 8
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+def outside_autocast(x: Tensor) -> AbstractContextManager:
+    """Within it, autocast to the other half type leaves what is computed from `x` alone.
+
+    Published scripts run bfloat16 weights inside autocast to float16, in which the types of two parts of a
+    sum would differ. Weights in float32 stay under autocast, which is there for them.
+    """
+    kind = x.device.type
+    if (
+        x.dtype in HALF_TYPES
+        and torch.is_autocast_enabled(kind)
+        and torch.get_autocast_dtype(kind) != x.dtype
+    ):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+# ---- vision ----
 
 
 def merge_2x2(features: Tensor) -> Tensor:
@@ -75,10 +101,23 @@ class CLIPVisionTransformer(nn.Module):
         self.encoder = CLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """(images, 3, side, side) -> (images, 1 + patches, width), before `post_layernorm`."""
-        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
+        hidden_states = self.embed(pixel_values, interpolate_pos_encoding)
         return self.encoder(inputs_embeds=hidden_states).last_hidden_state
+
+    def embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """(images, 3, side, side) -> (images, 1 + patches, width), what enters the first layer."""
+        embeddings = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return self.pre_layrnorm(embeddings)
+
+    def all_hidden_states(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> list[Tensor]:
+        """(images, 3, side, side) -> (images, 1 + patches, width) before the first and after each layer."""
+        states = [self.embed(pixel_values, interpolate_pos_encoding)]
+        for layer in self.encoder.layers:
+            output = layer(states[-1], attention_mask=None)
+            states.append(output[0] if isinstance(output, tuple) else output)
+        return states
 
 
 class CLIPVisionBackbone(CLIPPreTrainedModel):
@@ -100,17 +139,34 @@ class CLIPVisionBackbone(CLIPPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.embeddings.patch_embedding
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(images, 3, side, side) -> (images, 1 + patches, width)."""
-        return self.vision_model(pixel_values)
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+    ) -> Tensor | BaseModelOutputWithPooling:
+        """(images, 3, side, side) -> (images, 1 + patches, width), before `post_layernorm`.
+
+        Args:
+            output_hidden_states, return_dict: either makes the result an object, as that of CLIP in
+                transformers, whose `last_hidden_state` this is, with all `hidden_states` on request.
+            interpolate_pos_encoding: take pictures of another size than the tower's.
+        """
+        if output_hidden_states:
+            states = self.vision_model.all_hidden_states(pixel_values, interpolate_pos_encoding)
+            return BaseModelOutputWithPooling(last_hidden_state=states[-1], hidden_states=tuple(states))
+        last = self.vision_model(pixel_values, interpolate_pos_encoding)
+        as_object = return_dict or output_hidden_states is not None
+        return BaseModelOutputWithPooling(last_hidden_state=last) if as_object else last
 
 
 class CLIPVisionTower(nn.Module):
     """`vit`: pictures or tiles -> features, the class token dropped.
 
     Published attributes kept for clients: `vision_tower`, `vision_tower_name`, `select_layer`,
-    `select_feature`, `is_loaded`, `load_model`, `resize_pos`, `dtype`, `device`, `config`, `hidden_size`,
-    `num_patches`.
+    `select_feature`, `feature_select`, `is_loaded`, `load_model`, `resize_pos`, `dtype`, `device`, `config`,
+    `hidden_size`, `num_patches`.
     """
 
     vision_tower_name = "openai/clip-vit-large-patch14-336"
@@ -127,6 +183,17 @@ class CLIPVisionTower(nn.Module):
 
     def resize_pos(self) -> None:
         """Nothing to do: the position table is built at the size that the configuration names."""
+
+    def feature_select(self, image_forward_outs) -> Tensor:
+        """What `vision_tower` returned with hidden states -> (images, patches, width) of `select_layer`.
+
+        Raises:
+            ValueError: `select_feature` is neither `"patch"` nor `"cls_patch"`.
+        """
+        features = image_forward_outs.hidden_states[self.select_layer]
+        if self.select_feature not in ("patch", "cls_patch"):
+            raise ValueError(f"select_feature must be 'patch' or 'cls_patch', not {self.select_feature!r}")
+        return features[:, 1:] if self.select_feature == "patch" else features
 
     @property
     def config(self) -> CLIPVisionConfig:
@@ -165,19 +232,20 @@ class CLIPVisionTower(nn.Module):
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """(tiles, 3, side, side) of any dtype and device -> (tiles, patches, width) on the tower's.
 
-        Without gradients, tiles that are the same are encoded once. Processes that share out the tower's
-        weights run it once each, however many tiles each of them has.
+        Without gradients, tiles that are the same are encoded once. Processes that hold the tower's weights
+        in parts run it once each, however many tiles each of them has.
         """
         device = tiles.device if self.device.type == "meta" else self.device
         places = None if torch.is_grad_enabled() or self.training else find_repetitions(tiles)
         if places is not None:
             firsts, places = places
             tiles = tiles[firsts]
-        chunks = [tiles] if is_shared_out(self.last_layer) else tiles.split(MAX_TILES_PER_BATCH)
+        chunks = [tiles] if is_sharded(self.last_layer) else tiles.split(MAX_TILES_PER_BATCH)
         # A frozen tower needs no gradients, even where checkpointing asks them of its embeddings.
         wanted = torch.is_grad_enabled() and not (is_frozen(self) and not tiles.requires_grad)
-        with torch.set_grad_enabled(wanted):
-            features = [self.vision_tower(chunk.to(device, self.dtype))[:, 1:] for chunk in chunks]
+        chunks = [chunk.to(device, self.dtype) for chunk in chunks]
+        with torch.set_grad_enabled(wanted), outside_autocast(chunks[0]):
+            features = [self.vision_tower(chunk)[:, 1:] for chunk in chunks]
         features = features[0] if len(features) == 1 else torch.cat(features)
         return features if places is None else features[places]
 
@@ -206,13 +274,76 @@ class CLIPVisionTower(nn.Module):
             if isinstance(images, list | tuple):
                 return list(self.encode_tiles(torch.cat(list(images))).split(1))
             return self.encode_tiles(images)
-        from .image_processing_internlm_xcomposer2 import split_tiles
-
         side = self.config.image_size
         grids = [(image.shape[-2] // side, image.shape[-1] // side) for image in images]
         tiles = torch.cat([split_tiles(image.reshape(image.shape[-3:]), side) for image in images])
         embeds = self.assemble(self.encode_tiles(tiles), grids, glb_GN, sub_GN)
         return torch.cat(embeds)[None], [len(embed) for embed in embeds]
+
+
+def build_vision_tower(config: InternLMXcomposer2Config) -> CLIPVisionTower:
+    """The tower that `config.vision_config` describes, without weights."""
+    return CLIPVisionTower(config.vision_config)
+
+
+class Projector(nn.Sequential):
+    """Linear, exact GELU, linear: (..., input_size) -> (..., hidden_size)."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        layers = nn.Linear(input_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+        super().__init__(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., input_size) -> (..., hidden_size)."""
+        with outside_autocast(features):
+            return super().forward(features)
+
+
+def build_vision_projector(config: InternLMXcomposer2Config) -> Projector:
+    """`vision_proj`: features of the tower (merged 2x2 where tiled) -> embeddings of the decoder."""
+    return Projector(config.projector_input_size, config.text_config.hidden_size)
+
+
+# ---- training in several processes ----
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether processes hold parts of the module's first weight (FSDP2, DeepSpeed ZeRO-3).
+
+    They put it together for each call, so that each of them must call the module equally often.
+    """
+    weight = next(module.parameters(), None)
+    return hasattr(weight, "placements") or hasattr(weight, "ds_id")  # marks of DTensor and of DeepSpeed
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether none of the module's weights is trained."""
+    return not any(weight.requires_grad for weight in module.parameters())
+
+
+def must_see_pictures(model: nn.Module) -> bool:
+    """Whether a training or evaluation batch without pictures must pass through the vision parts anyway.
+
+    In training, each weight that is trained gets a gradient from every batch, zero where the batch holds no
+    picture: other processes wait for it, and the optimiser treats every step alike.
+    """
+    if is_sharded(model.vit.last_layer):
+        return True
+    if not (model.training and torch.is_grad_enabled()):
+        return False
+    newlines = (getattr(model, name, None) for name in ("plora_glb_GN", "plora_sub_GN"))
+    trained = any(newline is not None and newline.requires_grad for newline in newlines)
+    return trained or not (is_frozen(model.vit) and is_frozen(model.vision_proj))
+
+
+def blank_picture(config: InternLMXcomposer2Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The smallest picture, of zeros: (tiles, 3, side, side) and its (1, 2) grid."""
+    num_tiles = 2 if config.is_tiled else 1
+    pixel_values = torch.zeros(num_tiles, 3, config.img_size, config.img_size, device=device)
+    return pixel_values, torch.ones(1, 2, dtype=torch.long, device=device)
+
+
+# ---- Partial LoRA ----
 
 
 class LowRankUp(nn.Linear):
@@ -223,7 +354,7 @@ class LowRankUp(nn.Linear):
         return super().forward(x) if onto is None else onto.addmm_(x, self.weight.t())
 
     def adds_in_place(self, x: Tensor, onto: Tensor) -> bool:
-        """Whether the weight is a plain tensor of the type of both, neither quantised nor shared out."""
+        """Whether the weight is a plain tensor of the type of both, neither quantised nor held in parts."""
         return type(self.weight.data) is Tensor and self.weight.dtype == x.dtype == onto.dtype
 
 
@@ -356,16 +487,46 @@ def image_row_indices(im_mask: Tensor | None, device: torch.device) -> Tensor | 
     return rows
 
 
-def build_vision_tower(config: InternLMXcomposer2Config) -> CLIPVisionTower:
-    """The tower that `config.vision_config` describes, without weights."""
-    return CLIPVisionTower(config.vision_config)
+# ---- peft ----
 
 
-def build_projector(input_size: int, hidden_size: int) -> nn.Sequential:
-    """Linear, exact GELU, linear: (..., input_size) -> (..., hidden_size)."""
-    return nn.Sequential(nn.Linear(input_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+def introduce_to_peft() -> None:
+    """Let peft wrap a whole `PLoRA` where a target names it as published (`attention.wqkv`).
 
+    peft knows linears by their class, and has `_register_custom_module` for others, per configuration. This
+    calls it for whoever names a `PLoRA`. The adapter then sits where that of the published training sits,
+    under the same names, and acts on all tokens. Does nothing until peft is imported.
+    """
+    lora = sys.modules.get("peft.tuners.lora")
+    # Remote code makes copies of this file, each with a class of its own.
+    if lora is None or PLoRA in (known := getattr(lora.LoraModel, "_plora_classes", ())):
+        return
+    create = lora.LoraModel._create_new_module
 
-def build_vision_projector(config: InternLMXcomposer2Config) -> nn.Sequential:
-    """`vision_proj`: features of the tower (merged 2x2 where tiled) -> embeddings of the decoder."""
-    return build_projector(config.projector_input_size, config.text_config.hidden_size)
+    class PLoRAWithLora(lora.Linear):
+        """peft's layer around a `PLoRA`."""
+
+        def merge(self, *args, **kwargs) -> None:
+            """As the base class.
+
+            Raises:
+                ValueError: the plain weight is quantised.
+            """
+            if not self.get_base_layer().weight.is_floating_point():
+                raise ValueError(
+                    "an adapter can't be merged into quantised weights; load the checkpoint without "
+                    "quantization_config and merge into that"
+                )
+            super().merge(*args, **kwargs)
+
+    def create_new_module(lora_config, adapter_name: str, target: nn.Module, **kwargs) -> nn.Module:
+        if not isinstance(target, PLoRA):
+            return create(lora_config, adapter_name, target, **kwargs)
+        lora_config._register_custom_module({PLoRA: PLoRAWithLora})
+        with warnings.catch_warnings():
+            # It says so of any class of its own, and reads the widths all the same.
+            warnings.filterwarnings("ignore", message="Unsupported layer type")
+            return create(lora_config, adapter_name, target, **kwargs)
+
+    lora.LoraModel._create_new_module = staticmethod(create_new_module)
+    lora.LoraModel._plora_classes = (*known, PLoRA)

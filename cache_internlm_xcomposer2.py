@@ -1,9 +1,55 @@
-"""A key-value cache that grows in place: a step of decoding writes its own token and moves nothing else."""
+"""Keys and values: what a decoder has computed, within a turn and across turns.
+
+`GrowingCache` is what `generate` fills. `PromptCache` is what stays of it, owned by the `ChatHistory` that
+`chat` returns, so that the next turn computes only what is new.
+"""
+
+import functools
+import hashlib
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# ---- the name of the cache ----
+
+# transformers 5.24 renamed `past_key_values` to `cache` in `forward`, in outputs and in `generate`. Our code
+# says `cache`; this is what the installed release says.
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def pop_cache(kwargs: dict) -> Cache | None:
+    """Take the cache out of keyword arguments, under whichever name the caller used.
+
+    Raises:
+        ValueError: two caches, one under each name.
+    """
+    cache, older = kwargs.pop("cache", None), kwargs.pop("past_key_values", None)
+    if cache is not None and older is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; pass one of them")
+    return older if cache is None else cache
+
+
+def accepts_both_names(method: Callable) -> Callable:
+    """Let a method with an argument `cache` be called with `past_key_values` too."""
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        if "past_key_values" in kwargs:
+            kwargs["cache"] = pop_cache(kwargs)
+        return method(*args, **kwargs)
+
+    return call
+
+
+# ---- a cache that grows in place ----
 
 # Room to spare whenever a layer runs full: one part in so many of its tokens, but at least so many tokens.
 SPARE_PART = 8
@@ -109,12 +155,15 @@ class GrowingLayer(DynamicLayer):
         self._show(length)
 
 
-class GrowingCache(DynamicCache):
-    """The cache of one prompt, or of a batch, in a `GrowingLayer` per layer of the decoder."""
+class GrowingCache(Cache):
+    """The cache of one prompt, or of a batch, in a `GrowingLayer` per layer of the decoder.
+
+    A step of decoding writes its own token and moves nothing else.
+    """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
-        Cache.__init__(self, layers=[GrowingLayer() for _ in range(num_layers)])
+        super().__init__(layers=[GrowingLayer() for _ in range(num_layers)])
         self._repeats = 1
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -132,14 +181,143 @@ class GrowingCache(DynamicCache):
             layer.reorder_cache(beam_idx, among_alike)
 
 
-class GrowingCacheMixin:
-    """`generate` with a `GrowingCache`, wherever neither the caller nor the settings name another."""
+# ---- what stays across turns ----
 
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
+# What makes peft's wrappers compute something else without touching a weight's version.
+ADAPTER_STATE = ("merged_adapters", "active_adapters", "disable_adapters")
+
+
+@dataclass(frozen=True)
+class PromptCache:
+    """Keys and values of the tokens of one conversation, and what those tokens are. Never changed once made.
+
+    Attributes:
+        tokens: what stands at each position: a token's id, or for image tokens the picture's identity.
+        layers: per layer keys and values, each (1, kv heads, tokens, head_dim).
+        origin: what else the values depend on, as `origin_of` gives it.
+    """
+
+    tokens: Sequence[Hashable]
+    layers: Sequence[tuple[Tensor, Tensor]]
+    origin: Hashable
+
+    @property
+    def nbytes(self) -> int:
+        """Size of keys and values in bytes."""
+        return sum(tensor.numel() * tensor.element_size() for layer in self.layers for tensor in layer)
+
+    def shared_length(self, tokens: Sequence[Hashable], origin: Hashable) -> int:
+        """How many tokens at the start of another prompt are these."""
+        if origin != self.origin:
+            return 0
+        pairs = zip(self.tokens, tokens, strict=False)
+        overlap = min(len(self.tokens), len(tokens))
+        return next((i for i, (mine, other) in enumerate(pairs) if mine != other), overlap)
+
+    def restore(self, length: int, config) -> Cache:
+        """A cache of its own that holds the first `length` tokens; writing to it leaves this one alone."""
+        cache = GrowingCache(config)
+        for index, (keys, values) in enumerate(self.layers):
+            cache.update(keys[:, :, :length], values[:, :, :length], index)
+        return cache
+
+
+class ChatHistory(list):
+    """The turns of a conversation, (question, answer), that own what the decoder computed for them.
+
+    A list like any other. Passed to `chat` again, everything up to the first difference is reused; slices,
+    sums and copies share what is there, which is never changed, so that they can be continued apart.
+    Pickling leaves it out.
+    """
+
+    def __init__(
+        self, turns: Iterable[tuple[str, str]] = (), prompt_cache: PromptCache | Future | None = None
     ) -> None:
-        given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        is_default = given is None and generation_config.cache_implementation is None
-        if is_default and isinstance(model_kwargs.get("past_key_values"), DynamicCache):
-            model_kwargs["past_key_values"] = GrowingCache(self.config)
+        super().__init__(turns)
+        self._prompt_cache = prompt_cache
+
+    @property
+    def prompt_cache(self) -> PromptCache | None:
+        """Keys and values of the last prompt and its answer, if they were kept.
+
+        Those of an answer that is still being written come as a `Future`; until then there are none.
+        """
+        cache = self._prompt_cache
+        if isinstance(cache, Future):
+            return cache.result() if cache.done() and cache.exception() is None else None
+        return cache
+
+    def release(self) -> None:
+        """Let go of keys and values now; the turns stay."""
+        self._prompt_cache = None
+
+    def copy(self) -> "ChatHistory":
+        return ChatHistory(self, self._prompt_cache)
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: dict) -> "ChatHistory":
+        return self.copy()  # turns are tuples of text, and keys and values are never changed
+
+    def __reduce__(self):
+        return ChatHistory, (list(self),)
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return ChatHistory(item, self._prompt_cache) if isinstance(index, slice) else item
+
+    def __add__(self, turns: list) -> "ChatHistory":
+        return ChatHistory(super().__add__(turns), self._prompt_cache)
+
+
+def origin_of(model: nn.Module, infer_mode: str) -> Hashable:
+    """Everything beside the tokens that keys and values depend on: mode, weights and their state.
+
+    A weight counts as changed when it was written to in place, replaced, moved or cast.
+    """
+    state = hashlib.blake2b(f"{infer_mode} {model.config.text_config.rope_parameters}".encode())
+    for weight in model.parameters():
+        version = 0 if weight.is_inference() else weight._version
+        state.update(f"{id(weight)} {version} {weight.dtype} {weight.device} ".encode())
+    for module in model.modules():
+        if hasattr(module, "merged_adapters"):
+            state.update(repr([str(getattr(module, name)) for name in ADAPTER_STATE]).encode())
+    # The model too: the ids of one that is gone may be given to the next.
+    return weakref.ref(model), state.digest()
+
+
+def rotates_by_length(config) -> bool:
+    """Whether a prompt beyond `max_position_embeddings` has its keys rotated by its length (dynamic NTK)."""
+    return config.rope_parameters["rope_type"] == "dynamic"
+
+
+def reusable_length(config, num_tokens: int, prompt_length: int) -> int:
+    """How many of `num_tokens` cached ones may serve another prompt, given the one they were computed for.
+
+    Dynamic NTK rotates the keys of a prompt beyond `max_position_embeddings` by its length, so that those of
+    another length can't use them.
+    """
+    if not rotates_by_length(config):
+        return num_tokens
+    limit = config.max_position_embeddings
+    return min(num_tokens, limit) if prompt_length <= limit else 0
+
+
+def capture(
+    cache: Cache, tokens: Sequence[Hashable], origin: Hashable, length: int, limit: int
+) -> PromptCache | None:
+    """The first `length` tokens of a cache's first row, or as many of them as `limit` bytes hold."""
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    per_token = sum(t.shape[1] * t.shape[3] * t.element_size() for layer in layers for t in layer)
+    length = min(length, cache.get_seq_length(), len(tokens), limit // per_token)
+    if length < 1:
+        return None
+    kept = [tuple(_first_row(tensor, length) for tensor in layer) for layer in layers]
+    return PromptCache(tokens[:length], kept, origin)
+
+
+def _first_row(tensor: Tensor, length: int) -> Tensor:
+    """(rows, heads, tokens, d) -> (1, heads, length, d), copied where a view would hold much more alive."""
+    row = tensor[:1, :, :length]
+    held = tensor.untyped_storage().nbytes()
+    return row if held <= 1.25 * row.numel() * row.element_size() else row.clone()

@@ -1,20 +1,167 @@
-"""`chat`, `batch_chat` and streams: questions about pictures and videos, as both API generations ask."""
+"""`chat`, `batch_chat` and streams: questions about pictures and videos, as both API generations ask.
 
-from collections.abc import Iterator, Sequence
+A question becomes a `ChatPrompt` (`plan_chat`), the prompt an answer (`_answer` of the model that has these
+methods), and the answer a turn of the `ChatHistory`.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
 
 import torch
-from transformers import StoppingCriteriaList
+from torch import Tensor
+from transformers import BatchEncoding
+from transformers.generation.streamers import BaseStreamer
 
-from .answer_internlm_xcomposer2 import AnswerMixin, ChatPrompt
-from .generation_internlm_xcomposer2 import as_list
-from .modeling_internlm2 import check_infer_mode
-from .prefix_internlm_xcomposer2 import ChatHistory, PromptCache, num_copies, prefills_once
-from .prompt_internlm_xcomposer2 import END_OF_TURN, META_INSTRUCTION, History, check_turns, cut_response
-from .streaming_internlm_xcomposer2 import AnswerStreamer, ChatStream
+from .cache_internlm_xcomposer2 import ChatHistory, PromptCache
+from .configuration_internlm_xcomposer2 import check_infer_mode
+from .prompt_internlm_xcomposer2 import (
+    META_INSTRUCTION,
+    History,
+    batch_inputs,
+    check_tokenizer,
+    check_turns,
+    cut_response,
+    format_prompt,
+    plan_chat,
+    stop_token_ids,
+    system_text,
+    text_only_ids,
+)
+
+UNFINISHED = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 
 
-class ChatMixin(AnswerMixin):
-    """The methods that users call. Needs a model with `embed_inputs`, `config` and `generate`."""
+# ---- streams ----
+
+
+class AnswerWriter(BaseStreamer):
+    """The writing end of a stream: turns ids into text as they come. It knows nothing of the reader.
+
+    Text comes out token by token, without special tokens, and never ends within a character of several bytes.
+    No blank is taken away afterwards, as that would shift what was shown already.
+    """
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.texts: SimpleQueue[str | None] = SimpleQueue()  # `None` at the end
+        self.stop = threading.Event()
+        self._is_prompt, self._ids, self._num_shown = True, [], 0
+
+    def stopping_criterion(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        """(sequences,), all true once `stop` is set."""
+        return torch.full((len(input_ids),), self.stop.is_set(), device=input_ids.device)
+
+    def put(self, value: Tensor) -> None:
+        """One step's token ids, the prompt first."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self._ids += value.flatten().tolist()
+        text = self._decode()
+        whole = text.rstrip(UNFINISHED)
+        if len(whole) > self._num_shown:
+            self.texts.put(whole[self._num_shown :])
+            self._num_shown = len(whole)
+        if text.endswith("\n"):  # decode no more than a line at a time; one token keeps the next one's blank
+            self._ids = self._ids[-1:]
+            self._num_shown = len(self._decode())
+
+    def end(self) -> None:
+        """No more tokens; half a character that is left is never shown."""
+        self.texts.put(None)
+
+    def _decode(self) -> str:
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(self._ids, **options)
+
+
+class ChatStream(Iterator[str]):
+    """An answer as it is written: an iterator of pieces of text, and a context manager.
+
+    Generation runs in a thread, from the first `next`. Closing stops it after the current token.
+
+    Attributes:
+        response: the answer so far.
+        history: the turns with this one added; complete, and with its keys and values, at the end.
+    """
+
+    def __init__(
+        self,
+        writer: AnswerWriter,
+        generate: Callable[[], PromptCache | None],
+        query: str,
+        turns: Sequence[tuple[str, str]],
+    ) -> None:
+        self.response = ""
+        self._query, self._turns, self._kept = query, list(turns), Future()
+        self._writer, self._generate = writer, generate
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+
+    @property
+    def history(self) -> ChatHistory:
+        return ChatHistory([*self._turns, (self._query, self.response)], self._kept)
+
+    def __next__(self) -> str:
+        if self._thread is None and not self._is_closed:
+            arguments = self._generate, self._writer, self._kept
+            self._thread = threading.Thread(target=_write, args=arguments, daemon=True)
+            self._thread.start()
+        while not self._is_closed:
+            text = self._next_text()
+            if text is None:
+                self.close()
+                self._kept.result()  # raises here what was raised there
+                break
+            response = cut_response(self.response + text)
+            piece, self.response = response[len(self.response) :], response
+            if piece:
+                return piece
+        raise StopIteration
+
+    def _next_text(self) -> str | None:
+        try:
+            return self._writer.texts.get()
+        except BaseException:  # the reader was interrupted
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop writing and wait for the thread."""
+        self._is_closed = True
+        self._writer.stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> "ChatStream":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._writer.stop.set()
+
+
+def _write(generate: Callable[[], PromptCache | None], writer: AnswerWriter, kept: Future) -> None:
+    """The thread's work; it doesn't hold the reader, so that the reader's end can stop it."""
+    try:
+        kept.set_result(generate())
+    except BaseException as error:
+        kept.set_exception(error)
+    writer.texts.put(None)
+
+
+# ---- questions ----
+
+
+class ChatMixin:
+    """The methods that users call. Needs `config`, `font` and `input_device`, and `_answer` to call.
+
+    `_answer` is that of `GenerateMixin`, or of another engine.
+    """
 
     @torch.no_grad()
     def chat(
@@ -76,9 +223,10 @@ class ChatMixin(AnswerMixin):
             **generate_kwargs,
         )
         turns = check_turns(query, history)
-        meta = self._system_text(use_meta, meta_instruction)
-        prompt = self.plan_chat(tokenizer, query, image, hd_num, turns, meta)
-        sequence, cache = self._answer(prompt, history, reuse, settings)
+        meta = system_text(self.config.version, use_meta, meta_instruction)
+        prompt = plan_chat(self.config, tokenizer, query, image, hd_num, turns, meta)
+        earlier = getattr(history, "prompt_cache", None)
+        (sequence,), cache = self._answer([prompt], settings, earlier, keep=reuse)
         response = cut_response(tokenizer.decode(sequence, skip_special_tokens=True))
         return response, ChatHistory([*turns, (query, response)], cache)
 
@@ -111,17 +259,15 @@ class ChatMixin(AnswerMixin):
         """
         settings = self._settings(tokenizer, **settings)
         check_batch(queries, images, histories, settings)
-        meta = self._system_text(use_meta, meta_instruction)
+        meta = system_text(self.config.version, use_meta, meta_instruction)
         nothing = [()] * len(queries)
         turns = [check_turns(*pair) for pair in zip(queries, histories or nothing, strict=True)]
         prompts = [
-            self.plan_chat(tokenizer, query, image, hd_num, earlier, meta)
+            plan_chat(self.config, tokenizer, query, image, hd_num, earlier, meta)
             for query, image, earlier in zip(queries, images or nothing, turns, strict=True)
         ]
-        inputs = self._inputs_of(prompts, tokenizer.pad_token_id)
-        sequences = self._generate_answer(inputs, **settings)
-        sequences = sequences[:: len(sequences) // len(prompts)]  # the first where each has several
-        answers = [cut_response(tokenizer.decode(s.tolist(), skip_special_tokens=True)) for s in sequences]
+        sequences, _ = self._answer(prompts, settings)
+        answers = [cut_response(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences]
         return [
             (answer, ChatHistory([*earlier, (query, answer)]))
             for answer, earlier, query in zip(answers, turns, queries, strict=True)
@@ -152,19 +298,16 @@ class ChatMixin(AnswerMixin):
         """
         if settings.get("streamer") is not None:
             raise ValueError("a stream has its own streamer; pass yours to chat")
-        settings = self._settings(
-            tokenizer, **{**settings, "streamer": True}
-        )  # another takes its place below
+        writer = AnswerWriter(tokenizer)
+        criteria = [*(settings.get("stopping_criteria") or ()), writer.stopping_criterion]
+        settings |= {"streamer": writer, "stopping_criteria": criteria}
+        settings = self._settings(tokenizer, **settings)
         turns = check_turns(query, history)
-        meta = self._system_text(use_meta, meta_instruction)
-        prompt = self.plan_chat(tokenizer, query, image, hd_num, turns, meta)
-
-        def generate(streamer: AnswerStreamer, criteria: StoppingCriteriaList) -> PromptCache | None:
-            own = {"stopping_criteria": [*(settings.get("stopping_criteria") or []), *criteria]}
-            return self._answer(prompt, history, reuse, {**settings, **own, "streamer": streamer})[1]
-
+        meta = system_text(self.config.version, use_meta, meta_instruction)
+        prompt = plan_chat(self.config, tokenizer, query, image, hd_num, turns, meta)
+        earlier = getattr(history, "prompt_cache", None)
         return ChatStream(
-            AnswerStreamer(tokenizer, as_list(settings["eos_token_id"])), generate, query, turns
+            writer, lambda: self._answer([prompt], settings, earlier, keep=reuse)[1], query, turns
         )
 
     def stream_chat(
@@ -194,23 +337,36 @@ class ChatMixin(AnswerMixin):
         stream = self.chat_stream(tokenizer, query, image, hd_num, history, **settings)
         return _answers_so_far(stream)
 
-    @torch.no_grad()
-    def _answer(
-        self, prompt: ChatPrompt, history: History, reuse: bool, settings: dict
-    ) -> tuple[list[int], PromptCache | None]:
-        """Ids of the answer, and what is kept of its computation."""
-        reuse = reuse and not self.training and self.reuse_limit > 0 and prefills_once(self, settings)
-        if not reuse:
-            return self._generate_answer(self._inputs_of([prompt]), **settings)[0].tolist(), None
-        earlier = getattr(history, "prompt_cache", None)
-        inputs, kept = self._reuse(prompt, earlier, settings["infer_mode"])
-        answer = self._generate_answer(inputs, **settings)[0]
-        return answer.tolist(), self._capture(kept, answer, num_copies(self, settings))
+    # ---- prompts ----
 
-    def _system_text(self, use_meta: bool | None, meta_instruction: str | None) -> str:
-        """The system text if it is wanted; 2.5 leaves it out unless asked."""
-        use_meta = self.config.version != "2.5" if use_meta is None else use_meta
-        return (meta_instruction or "") if use_meta else ""
+    def build_inputs(
+        self, tokenizer, query: str, history: History = (), meta_instruction: str | None = ""
+    ) -> BatchEncoding:
+        """The published text-only prompt as (1, tokens) ids on the model's device; BOS stands twice."""
+        prompt = format_prompt(query, history, meta_instruction)
+        return text_only_ids(tokenizer, prompt, return_tensors="pt").to(self.input_device)
+
+    def prepare_chat(
+        self,
+        tokenizer,
+        query: str,
+        image=(),
+        hd_num: int | None = None,
+        history: History = (),
+        meta: str | None = "",
+    ) -> dict:
+        """Everything `forward` needs for one prompt, with all checks made and nothing computed by the model.
+
+        Returns:
+            `input_ids`, and with pictures `pixel_values`, `image_grid_hw` and `im_mask`.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: anything wrong with the arguments.
+        """
+        prompt = plan_chat(self.config, tokenizer, query, image, hd_num, history, meta)
+        return batch_inputs(self.config, [prompt], font=self.font, device=self.input_device)
+
+    # ---- settings ----
 
     def _settings(
         self,
@@ -230,7 +386,7 @@ class ChatMixin(AnswerMixin):
         Raises:
             ValueError, TypeError: they, or the tokenizer, can't be worked with.
         """
-        self.check_tokenizer(tokenizer)
+        check_tokenizer(self.config, tokenizer)
         settings = {
             "max_new_tokens": max_new_tokens,
             "do_sample": do_sample,
@@ -238,7 +394,7 @@ class ChatMixin(AnswerMixin):
             **({"temperature": temperature, "top_p": top_p} if do_sample else {}),
             "repetition_penalty": repetition_penalty,
             "infer_mode": infer_mode,
-            "eos_token_id": self.stop_token_ids(tokenizer),
+            "eos_token_id": stop_token_ids(tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
             **settings,
         }
@@ -253,10 +409,6 @@ class ChatMixin(AnswerMixin):
             raise ValueError(
                 f"a streamer shows one answer as it grows, but num_beams is {settings['num_beams']}; use 1"
             )
-
-    def stop_token_ids(self, tokenizer) -> list[int]:
-        """`</s>` and the end of a turn."""
-        return [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
 
 
 def _answers_so_far(stream: ChatStream) -> Iterator[tuple[str, ChatHistory]]:

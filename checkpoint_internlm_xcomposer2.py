@@ -1,4 +1,8 @@
-"""What lies in a checkpoint directory: the names and shapes of its tensors, read without loading them."""
+"""What lies in a checkpoint, read without loading it, and what `from_pretrained` makes of it.
+
+Files and their indexes, headers of tensors, the configuration that they add up to, task adapters to leave
+out, and the checks before and after loading.
+"""
 
 import json
 import math
@@ -6,17 +10,24 @@ import os
 import re
 import shlex
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
-from transformers.utils import cached_file
+from safetensors.torch import load_file
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from .configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2Config
+from .configuration_internlm_xcomposer2 import (
+    ADAPTERS_OF_MODE,
+    AttentionHeadsError,
+    InternLMXcomposer2Config,
+)
 
 # The indexes of sharded weights, in the order in which transformers prefers them.
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -62,7 +73,7 @@ class TensorHeader:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    file: Path
+    file: Path | None = None  # where it lies, if it isn't in memory
 
     @property
     def num_elements(self) -> int:
@@ -84,10 +95,10 @@ def checkpoint_config(source: str | os.PathLike, **hub_arguments) -> InternLMXco
     """
     config = InternLMXcomposer2Config.from_pretrained(source, **hub_arguments)
     try:
-        shapes = checkpoint_shapes(source, **hub_arguments)
+        headers = checkpoint_headers(source, **hub_arguments)
     except FileNotFoundError:
         return config
-    return config.complete_from_shapes(shapes)
+    return config.complete_from_shapes(shapes_of(headers))
 
 
 def has_file(source: str | os.PathLike, name: str, **hub_arguments) -> bool:
@@ -95,10 +106,10 @@ def has_file(source: str | os.PathLike, name: str, **hub_arguments) -> bool:
     return _find(source, name, hub_arguments) is not None
 
 
-def checkpoint_shapes(
+def checkpoint_headers(
     source: str | os.PathLike | None, state_dict: dict | None = None, **hub_arguments
-) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a checkpoint, by name.
+) -> dict[str, TensorHeader]:
+    """Shape and type of every tensor of a checkpoint, by name.
 
     Args:
         source: a directory, or a hub id, whose files then go through the hub's own cache.
@@ -109,9 +120,13 @@ def checkpoint_shapes(
         FileNotFoundError: no weights lie there, or not all of them.
         ValueError: a file of weights is truncated or damaged.
     """
-    if state_dict is not None:
-        return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    headers = read_headers(weight_paths(source, **hub_arguments))
+    if state_dict is None:
+        return read_headers(weight_paths(source, **hub_arguments))
+    return {name: TensorHeader(tuple(tensor.shape), tensor.dtype) for name, tensor in state_dict.items()}
+
+
+def shapes_of(headers: Mapping[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor by name."""
     return {name: header.shape for name, header in headers.items()}
 
 
@@ -158,7 +173,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> name of its shard, from an index file.
 
     Raises:
-        ValueError: the file is no index of shards.
+        ValueError: the file is not an index of shards.
     """
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -205,13 +220,21 @@ def _packed_files(source: str | os.PathLike, hub_arguments: dict) -> Iterator[st
 
 
 def _find(source: str | os.PathLike, name: str, hub_arguments: dict) -> Path | None:
-    path = cached_file(
-        os.fspath(source),
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=True,
-        **hub_arguments,
-    )
+    """A file of a directory, or of a hub checkpoint, downloaded if need be; `None` where there is none.
+
+    Raises:
+        OSError: there is no such repository, or it is gated.
+    """
+    if os.path.isdir(source):
+        path = Path(source, hub_arguments.get("subfolder") or "", name)
+        return path if path.is_file() else None
+    try:
+        path = cached_file(os.fspath(source), name, **hub_arguments)
+    except OSError as error:
+        # A missing file has no cause; one that is not in the cache while there is no network has this one.
+        if error.__cause__ is None or isinstance(error.__cause__, LocalEntryNotFoundError):
+            return None
+        raise
     return Path(path) if path else None
 
 
@@ -236,7 +259,7 @@ def load_torch_file(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     """The tensors of a `.bin` file, mapped into memory; only files from before torch 1.6 are read whole.
 
     Raises:
-        ValueError: something in it is no tensor.
+        ValueError: something in it is not a tensor.
     """
     tensors = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(tensors, dict):
@@ -244,7 +267,7 @@ def load_torch_file(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     others = [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise ValueError(
-            f"{len(others)} of its {len(tensors)} entries are no tensors: {', '.join(others[:5])}"
+            f"{len(others)} of its {len(tensors)} entries are not tensors: {', '.join(others[:5])}"
         )
     return tensors
 
@@ -280,29 +303,36 @@ def _hint_to_adopt(source: str | os.PathLike) -> str:
 
 @contextmanager
 def asking_for_heads(source: str | os.PathLike) -> Iterator[None]:
-    """Let a `ValueError` about the heads, the one size that the weights don't tell, end in what to run."""
+    """Let an error about the heads, the one size that the weights don't tell, end in what to run."""
     try:
         yield
-    except ValueError as error:
-        if "num_attention_heads" not in str(error):
-            raise
+    except AttentionHeadsError as error:
         line = f"{adopt_command(source)} --num-attention-heads N"
         raise ValueError(f"{error}; with the N of its model card, run: {line}") from error
 
 
-def checkpoint_tensors(source: str | os.PathLike, **hub_arguments) -> dict:
-    """Every tensor of a checkpoint by name, read from the file when it is indexed (`tensor[...]`).
+def packer_arguments(source: str | os.PathLike | None, arguments: dict, hub_arguments: dict) -> dict:
+    """What `from_pretrained` gets in place of a path whose weights bear a name that only GPTQ's packer gives.
 
-    The arguments and errors are those of `checkpoint_shapes`.
+    Args:
+        arguments: those of `from_pretrained`.
+
+    Returns:
+        The weights and the settings of `generate`; empty where transformers finds them itself.
     """
-    tensors: dict = {}
+    if arguments.get("state_dict") is not None or any(
+        has_file(source, name, **hub_arguments) for name in WEIGHT_FILES + INDEX_FILES
+    ):
+        return {}
+    tensors = {}
     for path in weight_paths(source, **hub_arguments):
-        if path.suffix == ".safetensors":
-            file = safe_open(path, framework="pt")
-            tensors.update({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
-        else:
-            tensors.update(load_torch_file(path))
-    return tensors
+        tensors |= load_file(path) if path.suffix == ".safetensors" else load_torch_file(path)
+    found = {"state_dict": tensors}
+    if arguments.get("generation_config") is None and has_file(
+        source, GENERATION_CONFIG_NAME, **hub_arguments
+    ):
+        found["generation_config"] = GenerationConfig.from_pretrained(source, **hub_arguments)
+    return found
 
 
 def quantize_fields(source: str | os.PathLike, **hub_arguments) -> dict:
@@ -338,7 +368,7 @@ def choose_adapters(config: InternLMXcomposer2Config, modes: Sequence[str] | Non
 
     Raises:
         ValueError: there is no such mode, or the checkpoint lacks its adapters.
-        TypeError: the modes are no sequence of names.
+        TypeError: the modes are not a sequence of names.
     """
     found = config.text_config.task_adapters
     if modes is None:
@@ -356,3 +386,31 @@ def choose_adapters(config: InternLMXcomposer2Config, modes: Sequence[str] | Non
         )
     config.text_config.task_adapters = {name: rank for name, rank in found.items() if name in wanted}
     return [name for name in found if name not in wanted]
+
+
+# ---- several processes ----
+
+
+def tensor_parallel_size(arguments: dict) -> int:
+    """Between how many processes the arguments of `from_pretrained` cut the model."""
+    settings = arguments.get("distributed_config") or {}
+    settings = settings if isinstance(settings, dict) else vars(settings)
+    plan, size = (arguments.get(name) or settings.get(name) for name in ("tp_plan", "tp_size"))
+    mesh = arguments.get("device_mesh")
+    if size is None and plan is not None and mesh is not None:
+        size = (mesh["tp"] if mesh.ndim > 1 else mesh).size()
+    elif size is None and plan is not None:
+        others = math.prod(settings.get(f"{kind}_size") or 1 for kind in ("fsdp", "dp_replicate", "pp"))
+        size = int(os.environ.get("WORLD_SIZE", 1)) // others
+    return size or 1
+
+
+def check_divisible(text_config, size: int) -> None:
+    """Raise `ValueError` unless `size` processes can share the decoder evenly."""
+    for name in ("num_key_value_heads", "intermediate_size", "vocab_size"):
+        total = getattr(text_config, name)
+        if total % size:
+            raise ValueError(
+                f"{size} processes can't share {name} {total} evenly; start a number of them that divides "
+                f"it, of at most {text_config.num_key_value_heads}"
+            )

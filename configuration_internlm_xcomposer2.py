@@ -1,43 +1,93 @@
-"""Which numbers exist: every size, token id and rank of an InternLM-XComposer2 checkpoint.
+"""Which numbers and names exist: every size, rank and token id of a checkpoint, its tensors and its classes.
 
 Published `config.json` files are flat and leave out most of what differs between the checkpoints of the
 family. `InternLMXcomposer2Config` accepts them as they are, fills in the defaults of their version, and
-`InternLMXcomposer2Config.complete_from_shapes` lets the weights have the last word.
+`InternLMXcomposer2Config.complete_from_shapes` lets the weights have the last word. No torch here.
 """
 
 import copy
 import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
+import transformers
+from packaging.version import parse
 from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.utils import logging
 
-from .auto_internlm_xcomposer2 import announce_multimodal
-from .parallel_internlm_xcomposer2 import tensor_parallel_plan
-from .weight_shapes_internlm_xcomposer2 import WeightShapes
+# One name for all copies of this file that remote code makes, so that what is said once is said once.
+logger = logging.get_logger("internlm_xcomposer2")
 
-logger = logging.get_logger(__name__)
+# The newest release of transformers that the tests have passed on.
+TESTED_TRANSFORMERS = "5.24"
 
-VERSIONS = ("2", "2-4khd", "2.5")
+
+def warn_of_untested(installed: str = transformers.__version__, tested: str = TESTED_TRANSFORMERS) -> None:
+    """Say once that a release of transformers is newer than the newest that the tests have passed on."""
+    if parse(installed).release[:2] > parse(tested).release[:2]:
+        logger.warning_once(
+            f"transformers {installed} is newer than {tested}, the newest release that internlm_xcomposer2 "
+            f'has been tested with. If something fails, go back: pip install "transformers=={tested}.*"'
+        )
+
+
+warn_of_untested()
+
+
+# ---- versions ----
+
+
+@dataclass(frozen=True)
+class Version:
+    """What differs between the versions of the family, and published files leave out.
+
+    Attributes:
+        image_size: side of a square or tile in pixels.
+        layout: how pictures are cut: `"square"`, or one of `ixc_utils.TILE_RULES`.
+        hd_num: the default number of local tiles of one picture.
+        hd_num_of_several: the same where a prompt has several pictures, `None` for no other number.
+        max_length: the published limit of prompt and answer together, in tokens.
+        plora_wqkv_rank, plora_wqkv_alpha: of the image-only weights of `wqkv`, where they have their own.
+        task_adapters: the rank of each task adapter.
+        reads_videos: whether a video becomes one picture of its frames.
+    """
+
+    image_size: int
+    layout: str
+    hd_num: int
+    max_length: int
+    hd_num_of_several: int | None = None
+    plora_wqkv_rank: int | None = None
+    plora_wqkv_alpha: int | None = None
+    task_adapters: dict[str, int] = field(default_factory=dict)
+    reads_videos: bool = False
+
+
+# Model cards, state dicts and the published code.
+VERSIONS = {
+    "2": Version(image_size=490, layout="square", hd_num=1, max_length=4096),
+    "2-4khd": Version(
+        image_size=336, layout="always", hd_num=25, max_length=16384, plora_wqkv_rank=8, plora_wqkv_alpha=16
+    ),
+    "2.5": Version(
+        image_size=560,
+        layout="bottom",
+        hd_num=24,
+        hd_num_of_several=6,
+        max_length=16384,
+        task_adapters={"sft": 256, "dpo": 256, "web": 512},
+        reads_videos=True,
+    ),
+}
 
 # What `model_type` says in the published files; two of them name the text-only decoder.
 PUBLISHED_MODEL_TYPES = ("internlmxcomposer2", "internlm2", "internlm")
 
 # Adapters that each inference mode adds on every token, in the order in which they are added.
 ADAPTERS_OF_MODE = {"base": (), "write": ("sft", "dpo"), "web": ("web",)}
-
-# Sizes that differ between versions and that published files leave out (model cards and state dicts).
-_DEFAULTS = {
-    "2": {"image_size": 490, "hd_num": 1, "max_length": 4096, "wqkv": (None, None), "adapters": {}},
-    "2-4khd": {"image_size": 336, "hd_num": 25, "max_length": 16384, "wqkv": (8, 16), "adapters": {}},
-    "2.5": {
-        "image_size": 560,
-        "hd_num": 24,
-        "max_length": 16384,
-        "wqkv": (None, None),
-        "adapters": {"sft": 256, "dpo": 256, "web": 512},
-    },
-}
 
 _IMAGE_TOKEN_ID = 92398  # [UNUSED_TOKEN_1] of the published vocabulary
 
@@ -58,6 +108,10 @@ _HEAD_DIM = 128
 
 _ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "yarn")
 
+# Linears whose outputs tensor parallelism cuts between the processes, and those whose inputs it cuts.
+_CUT_OUTPUTS = ("attention.wqkv", "feed_forward.w1", "feed_forward.w3")
+_CUT_INPUTS = ("attention.wo", "feed_forward.w2")
+
 # Fields of the decoder that must be positive integers.
 TEXT_SIZES = (
     "vocab_size",
@@ -70,6 +124,23 @@ TEXT_SIZES = (
     "plora_rank",
     "plora_wqkv_rank",
 )
+
+
+class AttentionHeadsError(ValueError):
+    """The number of attention heads, the one size that the weights don't tell, doesn't fit the others."""
+
+
+def check_infer_mode(infer_mode: str, config: "InternLMXcomposer2TextConfig") -> None:
+    """Raise `ValueError` for an unknown mode, or one whose adapters the checkpoint lacks."""
+    if not isinstance(infer_mode, str) or infer_mode not in ADAPTERS_OF_MODE:
+        raise ValueError(f"unknown infer_mode {infer_mode!r}; it is one of {', '.join(ADAPTERS_OF_MODE)}")
+    lacking = [name for name in ADAPTERS_OF_MODE[infer_mode] if name not in config.task_adapters]
+    if lacking:
+        raise ValueError(
+            f"infer_mode {infer_mode!r} needs the adapters {', '.join(lacking)}, but this model has "
+            f"{', '.join(config.task_adapters) or 'none'}; use infer_mode='base', or load "
+            f"InternLM-XComposer2.5-7B without the argument adapters or with {infer_mode!r} in it"
+        )
 
 
 class InternLMXcomposer2TextConfig(PreTrainedConfig):
@@ -88,7 +159,7 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
 
     model_type = "internlmxcomposer2_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     def __init__(
         self,
@@ -160,25 +231,39 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """How transformers cuts the decoder between processes."""
-        return tensor_parallel_plan(self.task_adapters)
+        """transformers' plan for cutting the decoder between processes, low-rank weights included.
+
+        `wqkv` packs whole key-value groups one after the other, so its rows are cut between groups. Of two
+        low-rank factors the one that meets what is cut is cut with it, and the other is whole everywhere.
+        """
+        low_rank = ["Plora", *(f"lora_{name}" for name in self.task_adapters)]
+        plan = {"tok_embeddings": "embedding_rowwise"}
+        for names, style, factor in ((_CUT_OUTPUTS, "colwise", "B"), (_CUT_INPUTS, "rowwise", "A")):
+            for name in names:
+                plan[f"layers.*.{name}.linear"] = style
+                plan |= {f"layers.*.{name}.{pair}_{factor}": style for pair in low_rank}
+        return plan
 
     @property
     def rope_theta(self) -> float:
-        """Base of the rotary embedding."""
+        """Base of the rotary embedding. Engines read it and write it back."""
         return self.rope_parameters["rope_theta"]
+
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        self.rope_parameters = {**self.rope_parameters, "rope_theta": value}
 
     def _check(self) -> None:
         for name in TEXT_SIZES:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            raise AttentionHeadsError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
                 f"{self.num_attention_heads}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise AttentionHeadsError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
@@ -227,7 +312,7 @@ class InternLMXcomposer2Config(PreTrainedConfig):
 
     model_type = "internlmxcomposer2"
     sub_configs = {"text_config": InternLMXcomposer2TextConfig, "vision_config": CLIPVisionConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     # Declared, because transformers takes an undeclared `max_length` for a generation parameter.
     max_length: int = 16384
@@ -248,16 +333,16 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         self.version = version or _guess_version(img_size, kwargs)
         if self.version not in VERSIONS:
             raise ValueError(f"unknown version {self.version!r}; this package knows {', '.join(VERSIONS)}")
-        defaults = _DEFAULTS[self.version]
+        defaults = VERSIONS[self.version]
         self.text_config = _text_config(text_config, kwargs, defaults)
         self.vision_config = _vision_config(vision_config, img_size, defaults)
         self.image_token_id = image_token_id
         if image_token_id is None:
             self.image_token_id = min(_IMAGE_TOKEN_ID, self.text_config.vocab_size - 1)
         self.end_token_id = end_token_id
-        self.hd_num = defaults["hd_num"] if hd_num is None else hd_num
+        self.hd_num = defaults.hd_num if hd_num is None else hd_num
         self.video_memory_size = video_memory_size
-        self.max_length = defaults["max_length"] if max_length is None else max_length
+        self.max_length = defaults.max_length if max_length is None else max_length
         self._check()
         if kwargs.get("id2label") is None:
             kwargs["num_labels"] = kwargs.get("num_labels") or 1  # the library's default is two
@@ -288,7 +373,7 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         vision = self.vision_config
         if vision.image_size % vision.patch_size:
             raise ValueError(
-                f"image_size {vision.image_size} px is no multiple of patch_size {vision.patch_size} px"
+                f"image_size {vision.image_size} px is not a multiple of patch_size {vision.patch_size} px"
             )
         if self.is_tiled and vision.image_size % (2 * vision.patch_size):
             raise ValueError(
@@ -380,15 +465,15 @@ _TEXT_FIELDS = (
     "plora_wqkv_alpha",
     "plora_dropout",
     "task_adapters",
+    "rope_theta",
+    "rope_parameters",
 )
-# Fields that only the text configuration's constructor knows how to read.
-_TEXT_ARGUMENTS = (*_TEXT_FIELDS, "rope_theta", "rope_scaling", "rope_parameters")
+# Beside these, what only the text configuration's constructor knows how to read.
+_TEXT_ARGUMENTS = (*_TEXT_FIELDS, "rope_scaling")
 _CALLER_ONLY = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 for _name in _TEXT_FIELDS:
     setattr(InternLMXcomposer2Config, _name, _forwarded(_name))
-
-announce_multimodal(InternLMXcomposer2Config.model_type)
 
 
 def _guess_version(img_size: int | None, fields: dict) -> str:
@@ -399,24 +484,76 @@ def _guess_version(img_size: int | None, fields: dict) -> str:
     return "2-4khd" if "4khd" in origin else "2.5"
 
 
-def _text_config(given: dict | PreTrainedConfig | None, fields: dict, defaults: dict):
+def _text_config(given: dict | PreTrainedConfig | None, fields: dict, defaults: Version):
     """The decoder's configuration; flat text fields are taken out of `fields`."""
     flat = {name: fields.pop(name) for name in _TEXT_ARGUMENTS if name in fields}
     if given is None:
-        rank, alpha = defaults["wqkv"]
-        given = {"task_adapters": defaults["adapters"], "plora_wqkv_rank": rank, "plora_wqkv_alpha": alpha}
+        names = ("task_adapters", "plora_wqkv_rank", "plora_wqkv_alpha")
+        given = {name: getattr(defaults, name) for name in names}
     return InternLMXcomposer2TextConfig(**{**_own_fields(given), **flat})
 
 
-def _vision_config(given: dict | PreTrainedConfig | None, img_size: int | None, defaults: dict):
+def _vision_config(given: dict | PreTrainedConfig | None, img_size: int | None, defaults: Version):
     """The tower's configuration, CLIP-L/14 where nothing else is said."""
-    fields = {**_CLIP_LARGE, "image_size": defaults["image_size"], **_own_fields(given or {})}
+    fields = {**_CLIP_LARGE, "image_size": defaults.image_size, **_own_fields(given or {})}
     return CLIPVisionConfig(**{**fields, **({} if img_size is None else {"image_size": img_size})})
 
 
 def _own_fields(given: dict | PreTrainedConfig) -> dict:
     given = given.to_dict() if isinstance(given, PreTrainedConfig) else given
     return {name: value for name, value in given.items() if name not in _CALLER_ONLY}
+
+
+# ---- names ----
+
+# Published names of the decoder's plain weights, packed ones too -> ours, which are children of their
+# linears. transformers turns them back at saving.
+PUBLISHED_KEYS = {
+    r"\.(wqkv|wo|w1|w2|w3)\.(?=weight|qweight|qzeros|scales|g_idx|bias)": r".\1.linear.",
+}
+
+
+def published_name(name: str) -> str:
+    """A tensor's published name, from its own or ours: `wqkv.linear.weight` -> `wqkv.weight`."""
+    return re.sub(r"\.linear\.(\w+)$", r".\1", name)
+
+
+def is_reward(names: Collection[str]) -> bool:
+    """Whether tensors of these names are a reward model's: a score head in place of the output head."""
+    return "score.weight" in names and "output.weight" not in names
+
+
+class WeightShapes:
+    """Shapes by name, blind to whether a linear is stored plain, wrapped (`.linear`) or quantised."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        plain = {name: s for name, s in shapes.items() if f"{name}.absmax" not in shapes}  # not bitsandbytes'
+        self.shapes = {published_name(name): tuple(shape) for name, shape in plain.items()}
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        if name not in self.shapes:
+            raise ValueError(
+                f"this is not an InternLM-XComposer2 checkpoint: its {len(self.shapes)} tensors lack {name!r}"
+            )
+        return self.shapes[name]
+
+    def rows(self, name: str, default: int | None = None) -> int | None:
+        """The first dimension of a tensor, or `default` where there is no such tensor."""
+        return self.shapes[name][0] if name in self.shapes else default
+
+    def count(self, prefix: str) -> int:
+        """How many consecutively numbered blocks start with `prefix`."""
+        numbers = {name[len(prefix) :].split(".", 1)[0] for name in self.shapes if name.startswith(prefix)}
+        return len(numbers)
+
+    def adapters(self) -> dict[str, int]:
+        """The rank of each task adapter."""
+        prefix = "model.layers.0.attention.wqkv.lora_"
+        found = [name for name in self.shapes if name.startswith(prefix) and name.endswith("_A.weight")]
+        return {name[len(prefix) : -len("_A.weight")]: self.shapes[name][0] for name in found}
+
+
+# ---- sizes that the weights say ----
 
 
 def _complete(config: InternLMXcomposer2Config, shapes: WeightShapes) -> InternLMXcomposer2Config:
@@ -449,15 +586,15 @@ def _complete_vision(config: InternLMXcomposer2Config, shapes: WeightShapes) -> 
     config.version = _version_of_weights(side, shapes, previous)
     if config.version != previous:
         for name in ("hd_num", "max_length"):
-            if getattr(config, name) == _DEFAULTS[previous][name]:
-                setattr(config, name, _DEFAULTS[config.version][name])
+            if getattr(config, name) == getattr(VERSIONS[previous], name):
+                setattr(config, name, getattr(VERSIONS[config.version], name))
 
 
 def _version_of_weights(side: int, shapes: WeightShapes, configured: str) -> str:
     """The version by newline vectors and tile size; tiles of an unpublished size leave it as configured."""
     if shapes.rows("plora_glb_GN") is None:
         return "2"
-    published = {_DEFAULTS[version]["image_size"]: version for version in ("2-4khd", "2.5")}
+    published = {VERSIONS[version].image_size: version for version in ("2-4khd", "2.5")}
     return published.get(side, "2.5" if configured == "2" else configured)
 
 
@@ -475,7 +612,8 @@ def _complete_text(text: InternLMXcomposer2TextConfig, shapes: WeightShapes, ver
     rank = shapes[f"{block}attention.wo.Plora_A.weight"][0]
     text.plora_rank, text.plora_alpha = _rank_and_alpha(text.plora_rank, text.plora_alpha, rank, 1)
     rank = shapes[f"{block}attention.wqkv.Plora_A.weight"][0]
-    default_scale = 2 if version == "2-4khd" else 1
+    published = VERSIONS[version]
+    default_scale = (published.plora_wqkv_alpha or 1) / (published.plora_wqkv_rank or 1)
     text.plora_wqkv_rank, text.plora_wqkv_alpha = _rank_and_alpha(
         text.plora_wqkv_rank, text.plora_wqkv_alpha, rank, default_scale
     )
@@ -488,7 +626,7 @@ def _num_key_value_heads(text: InternLMXcomposer2TextConfig, packed: int) -> int
     heads, rest = divmod(packed, text.head_dim)
     groups, odd = divmod(heads - text.num_attention_heads, 2)
     if rest or odd or groups < 1 or text.num_attention_heads % groups:
-        raise ValueError(
+        raise AttentionHeadsError(
             f"wqkv has {packed} rows, which {text.num_attention_heads} attention heads of width "
             f"{text.head_dim} don't make; num_attention_heads is the one size that the weights don't tell"
         )
@@ -498,3 +636,36 @@ def _num_key_value_heads(text: InternLMXcomposer2TextConfig, packed: int) -> int
 def _rank_and_alpha(rank: int, alpha: float, found: int, default_scale: float) -> tuple[int, float]:
     """Keep a configured scale whose rank fits the weights, else take the version's."""
     return (rank, alpha) if rank == found else (found, found * default_scale)
+
+
+# ---- where the library finds the classes: by `auto_map` in a file, or by the model type ----
+
+_CONFIG = "configuration_internlm_xcomposer2.InternLMXcomposer2Config"
+_MODEL = "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM"
+_REWARD = "modeling_internlm_xcomposer2.InternLMXComposer2ForSequenceClassification"
+_PROCESSOR = "processing_internlm_xcomposer2.InternLMXComposer2Processor"
+_IMAGE_PROCESSOR = "image_processing_internlm_xcomposer2.InternLMXComposer2ImageProcessor"
+_TOKENIZER = "tokenization_internlm_xcomposer2.InternLMXComposer2Tokenizer"
+
+MODEL_CLASSES = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+)
+
+# `auto_map` of each file that carries one. A reward model is not a chat model, whichever class asks for it.
+CONFIG_AUTO_MAP = {
+    "AutoConfig": _CONFIG,
+    **dict.fromkeys(MODEL_CLASSES, _MODEL),
+    "AutoModelForSequenceClassification": _REWARD,
+    "AutoProcessor": _PROCESSOR,
+}
+REWARD_AUTO_MAP = {**CONFIG_AUTO_MAP, **dict.fromkeys(MODEL_CLASSES, _REWARD)}
+PROCESSOR_AUTO_MAP = {"AutoProcessor": _PROCESSOR}
+IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": _IMAGE_PROCESSOR, "AutoProcessor": _PROCESSOR}
+TOKENIZER_AUTO_MAP = {"AutoTokenizer": [_TOKENIZER, None], "AutoProcessor": _PROCESSOR}
+
+# Pipelines and `transformers serve` know models that read pictures by these tables of model types alone.
+for _table in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
+    getattr(modeling_auto, _table, {}).setdefault(InternLMXcomposer2Config.model_type, _MODEL.split(".")[1])

@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, StoppingCriteria, StoppingCriteriaList
 
+from .image_processing_internlm_xcomposer2 import as_visuals, check_pixels, prepare_visuals
 from .media_internlm_xcomposer2 import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from .prompt_internlm_xcomposer2 import (
-    BEGIN_OF_TURN,
-    END_OF_TURN,
-    IMAGE_MARK,
+    batch_inputs,
     check_length,
+    check_tokenizer,
     check_turns,
     encode_prompt,
     format_prompt,
     place_images,
+    plan_chat,
 )
-from .visual_internlm_xcomposer2 import as_visuals, check_pixels, prepare_visuals
+from .tokenization_internlm_xcomposer2 import BEGIN_OF_TURN, END_OF_TURN, IMAGE_MARK
 
 # Label of a token that is not to be learnt.
 IGNORED = -100
@@ -100,15 +101,18 @@ class EmbeddingMethodsMixin:
             hd_num: how many local tiles a picture may be cut into, 25 by default; pixels are never resized.
 
         Returns:
-            (pictures, tokens, hidden), for a list or 5-D stack a list of those, and `None` for `None`.
+            (pictures, tokens, hidden); for a list of pictures a list of those; for a stack of
+            (pictures, 1, 3, height, width), whose pictures have one size, one tensor; and `None` for `None`.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: the picture can't be read, or pixels have another size.
         """
         if image is None:
             return None
-        if isinstance(image, list | tuple) or (isinstance(image, Tensor) and image.ndim == 5):
+        if isinstance(image, list | tuple):
             return [self.encode_img(item, hd_num) for item in image]
+        if isinstance(image, Tensor) and image.ndim == 5:
+            image = image.flatten(0, 1)
         if isinstance(image, Tensor):
             if image.ndim != 4:
                 raise ValueError(
@@ -228,15 +232,15 @@ class EmbeddingMethodsMixin:
     ) -> tuple[dict, Tensor, int]:
         tokenizer = self._own_tokenizer()
         history = check_turns(query, history)
-        inputs = self.prepare_chat(
-            tokenizer, query, [] if image is None else image, hd_num, history, _as_text(meta_instruction)
-        )
-        num_tokens = inputs["input_ids"].shape[1]
+        image = [] if image is None else image
+        prompt = plan_chat(self.config, tokenizer, query, image, hd_num, history, _as_text(meta_instruction))
+        num_tokens = len(prompt.ids)
         if max_length is not None and num_tokens > max_length:
             raise ValueError(
                 f"the prompt has {num_tokens} tokens but max_length is {max_length}; raise it, lower hd_num "
                 "or pass fewer pictures"
             )
+        inputs = batch_inputs(self.config, [prompt], font=self.font, device=self.input_device)
         names = ("input_ids", "pixel_values", "image_grid_hw", "im_mask")
         embeds, im_mask = self.embed_inputs(**{name: inputs.get(name) for name in names})
         if im_mask is None:
@@ -293,7 +297,7 @@ class EmbeddingMethodsMixin:
     # ---- helpers ----
 
     def _own_tokenizer(self):
-        self.check_tokenizer(self.tokenizer)
+        check_tokenizer(self.config, self.tokenizer)
         return self.tokenizer
 
     def _embed_text(self, tokenizer, text: str, add_special_tokens: bool) -> Tensor:
@@ -319,7 +323,7 @@ class EmbeddingMethodsMixin:
 
     def _place_features(self, tokenizer, texts: list[str], features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Texts with (tokens, hidden) pictures between them -> (1, tokens, hidden) and the image mask."""
-        self.check_tokenizer(tokenizer)
+        check_tokenizer(self.config, tokenizer)
         lengths = [len(feature) for feature in features]
         prompt = encode_prompt(
             tokenizer,

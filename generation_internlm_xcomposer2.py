@@ -1,31 +1,154 @@
-"""`generate` with pictures: encoded and prefilled once, whatever the number of beams; old clients' forms."""
+"""`generate` with pictures: encoded and prefilled once, whatever is drawn from them, and begun where a
+history ends.
 
-from collections.abc import Sequence
+A prompt becomes an answer in these steps: `GenerateMixin._answer` asks `begin` what of it is computed
+already, `_generate_answer` embeds the rest, and transformers' `generate` runs the decoder on it.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.cache_utils import Cache
+from transformers.generation.streamers import BaseStreamer
 
-from .cache_internlm_xcomposer2 import GrowingCache, GrowingCacheMixin
-from .modeling_internlm2 import check_image_mask, check_infer_mode
-from .parallel_internlm_xcomposer2 import same_draws
-from .prefix_internlm_xcomposer2 import (
-    ends_in_text,
-    is_assisted,
-    num_copies,
-    prefills_once,
-    setting,
-    start_generation,
+from .cache_internlm_xcomposer2 import (
+    CACHE,
+    GrowingCache,
+    PromptCache,
+    capture,
+    origin_of,
+    pop_cache,
+    reusable_length,
+    rotates_by_length,
+)
+from .configuration_internlm_xcomposer2 import check_infer_mode
+from .modeling_internlm2 import check_image_mask
+from .prompt_internlm_xcomposer2 import ChatPrompt, batch_inputs
+
+# Arguments with which `generate` needs a cache of its own kind, or more of the prompt than its last token.
+LIBRARY_CACHE = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    CACHE,
+    "cache_implementation",
+    "custom_generate",
+    "prefill_chunk_size",
+    "output_attentions",
+    "output_hidden_states",
+    "guidance_scale",
+    "penalty_alpha",
+    "dola_layers",
+    "position_ids",
 )
 
 
-class GenerateMixin(GrowingCacheMixin):
-    """`generate` and what it asks at each step. Goes before transformers' own mixin."""
+@dataclass(frozen=True)
+class Begun:
+    """A prompt whose first tokens are computed, and what is needed to keep the rest too.
+
+    Attributes:
+        inputs: as `batch_inputs` makes them, with the pictures alone that are not computed yet.
+        cache: holds those first tokens, and everything once the answer is there.
+        tokens: what stands at each position of the prompt: ids, and the identities of pictures.
+        origin: what else keys and values depend on.
+    """
+
+    inputs: dict
+    cache: Cache
+    tokens: Sequence[Hashable]
+    origin: Hashable
+
+
+class GenerateMixin:
+    """`generate`, what it asks at each step, and answers to prompts. Goes before transformers' own mixin.
+
+    Attributes:
+        reuse_limit: how many bytes of keys and values the history that `chat` returns may own; 0 for none.
+    """
+
+    reuse_limit = 4 * 2**30
+
+    # ---- prompts to answers ----
+
+    @torch.no_grad()
+    def _answer(
+        self,
+        prompts: Sequence[ChatPrompt],
+        settings: dict,
+        earlier: PromptCache | None = None,
+        keep: bool = False,
+    ) -> tuple[list[list[int]], PromptCache | None]:
+        """Prompts -> the ids of an answer to each, and what is kept of the computation of a single one.
+
+        Args:
+            settings: arguments of `generate`.
+            earlier: what was kept of an earlier turn.
+            keep: whether anything may be kept, and what is there be used.
+        """
+        keep = keep and not self.training and self.reuse_limit > 0 and takes_our_cache(self, settings)
+        if not keep:
+            inputs = batch_inputs(
+                self.config,
+                prompts,
+                pad_token_id=settings["pad_token_id"],
+                font=self.font,
+                device=self.input_device,
+            )
+            sequences = self._generate_answer(inputs, **settings)
+            firsts = sequences[:: len(sequences) // len(prompts)]  # where each prompt has several answers
+            return [sequence.tolist() for sequence in firsts], None
+        (prompt,) = prompts
+        begun = begin(self, prompt, earlier, settings["infer_mode"])
+        sequence = self._generate_answer({**begun.inputs, CACHE: begun.cache}, **settings)[0].tolist()
+        is_only = num_copies(self, settings) == 1
+        tokens = [*begun.tokens, *sequence] if is_only else begun.tokens
+        length = reusable_length(self.config.text_config, len(tokens), len(prompt.ids))
+        return [sequence], capture(begun.cache, tokens, begun.origin, length, self.reuse_limit)
+
+    @torch.no_grad()
+    def _generate_answer(self, inputs: dict, **kwargs) -> Tensor:
+        """Generate from the tensors of `batch_inputs` -> (sequences, new tokens), the prompts left out.
+
+        A cache among them holds the first tokens of the prompt, and its answer too afterwards.
+        """
+        ids, mask, cache = inputs["input_ids"], inputs.get("attention_mask"), inputs.get(CACHE)
+        if cache is None and takes_our_cache(self, kwargs):
+            cache = GrowingCache(self.config)
+        start = 0 if cache is None else cache.get_seq_length()
+        im_mask = None if (im_mask := inputs.get("im_mask")) is None else im_mask[:, start:]
+        pictures = inputs.get("pixel_values"), inputs.get("image_grid_hw")
+        embeds, im_mask = self.embed_inputs(ids[:, start:], *pictures, im_mask)
+        begun = {"inputs_embeds": embeds, "im_mask": im_mask}
+        if cache is not None:
+            begun[CACHE] = cache
+            if prefills_before_copies(self, kwargs, ids.shape[1]):
+                begun = prefill_before_copies(self, begun, mask, kwargs)
+        mask = torch.ones_like(ids) if mask is None else mask
+        kwargs = {**kwargs, **begun, "attention_mask": mask}
+        if (streamer := kwargs.get("streamer")) is not None:
+            kwargs["streamer"] = EndMarkFilter(streamer, as_list(kwargs.get("eos_token_id")))
+        kwargs = penalise_rows(inputs, kwargs)
+        ids = ids if is_assisted(kwargs) else None
+        with same_draws(self):
+            outputs = GenerationMixin.generate(self, ids, **kwargs)
+        sequences = getattr(outputs, "sequences", outputs)
+        return sequences if ids is None else sequences[:, ids.shape[1] :]
+
+    # ---- generate ----
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -34,27 +157,29 @@ class GenerateMixin(GrowingCacheMixin):
         **kwargs,
     ) -> dict:
         """What one step of `generate` passes to `forward`: the mask and pictures in the first step only."""
-        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
-        if inputs_embeds is not None and is_prefill and input_ids.shape[1] > inputs_embeds.shape[1]:
+        cache = past_key_values if cache is None else cache
+        is_empty = cache is None or cache.get_seq_length() == 0
+        if inputs_embeds is not None and is_empty and input_ids.shape[1] > inputs_embeds.shape[1]:
             # In assisted generation the candidates stand after the prompt already.
             num_candidates = input_ids.shape[1] - inputs_embeds.shape[1]
             candidates = self.model.tok_embeddings(input_ids[:, -num_candidates:])
             inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds.device)], dim=1)
             im_mask = None if im_mask is None else nn.functional.pad(im_mask, (0, num_candidates))
-        if inputs_embeds is not None and not is_prefill and inputs_embeds.shape[1] == 1:
-            kwargs["next_sequence_length"] = 1  # the last token of a prompt that is computed already
+        if inputs_embeds is not None and not is_empty and kwargs.get("is_first_iteration"):
+            # They are what stands behind the cache, where the library takes them for the whole prompt.
+            kwargs["next_sequence_length"] = inputs_embeds.shape[1]
         inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
+            **{CACHE: cache},
             **kwargs,
         )
         inputs["infer_mode"] = infer_mode
         current = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
-        if is_prefill or inputs.get("inputs_embeds") is not None:
+        if is_empty or inputs.get("inputs_embeds") is not None:
             inputs["im_mask"] = None if im_mask is None else im_mask[:, -current.shape[1] :]
-        if not is_prefill:
+        if not is_empty:
             inputs.pop("pixel_values", None)
             inputs.pop("image_grid_hw", None)
         return inputs
@@ -74,12 +199,15 @@ class GenerateMixin(GrowingCacheMixin):
         """As in transformers, with pictures, which are encoded once whatever the number of beams.
 
         With `inputs_embeds` alone the result begins with BOS and `max_length` counts BOS and new tokens, as
-        clients of the published code expect; with ids it holds prompt and answer.
+        clients of the published code expect; with ids it holds prompt and answer. A cache may be named
+        `cache` or `past_key_values`, whatever the release of transformers.
 
         Raises:
             ValueError: pictures and prompt don't match, or the checkpoint lacks what `infer_mode` needs.
         """
         check_infer_mode(kwargs.get("infer_mode", "base"), self.config.text_config)
+        if (cache := pop_cache(kwargs)) is not None:
+            kwargs[CACHE] = cache
         ids = inputs if input_ids is None else input_ids
         if pixel_values is not None:
             if ids is None:
@@ -97,33 +225,36 @@ class GenerateMixin(GrowingCacheMixin):
             kwargs["im_mask"] = im_mask.to(self.input_device).bool()
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
-        if not args and num_copies(self, kwargs) > 1:
-            kwargs = self._prefill_before_copies(ids, kwargs)
+        if not args:
+            kwargs = self._with_our_cache(ids, kwargs)
         with same_draws(self):
             return super().generate(ids, *args, **kwargs)
 
-    def _prefill_before_copies(self, ids: Tensor | None, kwargs: dict) -> dict:
-        """`generate`'s arguments with the prompt computed once, not for each beam or sample."""
+    def _with_our_cache(self, ids: Tensor | None, kwargs: dict) -> dict:
+        """`generate`'s arguments with a `GrowingCache`, unless they or the settings ask for another.
+
+        For several beams or samples, where that can be, the prompt is computed here, once for all of them.
+        """
+        if not grows_in_place(self, kwargs):
+            return kwargs
+        kwargs = {**kwargs, CACHE: GrowingCache(self.config)}
         embeds, mask, im_mask = (kwargs.get(name) for name in ("inputs_embeds", "attention_mask", "im_mask"))
         with_ids = embeds is None or (ids is not None and ids.shape[1] == embeds.shape[1])
-        if embeds is None:
-            embeds = None if ids is None else self.model.tok_embeddings(ids.to(self.input_device))
-        if embeds is None or not prefills_once(self, kwargs) or not ends_in_text(embeds, mask, im_mask):
+        if num_copies(self, kwargs) == 1 or not takes_our_cache(self, {**kwargs, CACHE: None}):
+            return kwargs
+        if embeds is None and ids is not None:
+            embeds = self.model.tok_embeddings(ids.to(self.input_device))
+        if embeds is None or not ends_in_text(embeds, mask, im_mask):
+            return kwargs
+        if not prefills_before_copies(self, kwargs, embeds.shape[1]):
             return kwargs
         mask = torch.ones_like(embeds[..., 0], dtype=torch.long) if mask is None else mask
         padding = None if mask.bool().all() else mask
-        started = start_generation(
-            self,
-            GrowingCache(self.config),
-            inputs_embeds=embeds,
-            attention_mask=padding,
-            im_mask=im_mask,
-            infer_mode=kwargs.get("infer_mode", "base"),
-            kwargs=kwargs,
-        )
+        begun = {"inputs_embeds": embeds, "im_mask": im_mask, CACHE: kwargs[CACHE]}
+        begun = prefill_before_copies(self, begun, padding, kwargs)
         if with_ids:
-            started["inputs_embeds"] = None
-        return {**kwargs, **started, "attention_mask": mask, "im_mask": None}
+            begun["inputs_embeds"] = None
+        return {**kwargs, **begun, "attention_mask": mask}
 
     def _published_generate_arguments(self, inputs_embeds: Tensor, kwargs: dict) -> tuple[Tensor, dict]:
         """The BOS column that old sequences begin with, and today's arguments for old ones."""
@@ -140,11 +271,126 @@ class GenerateMixin(GrowingCacheMixin):
         penalty = setting(self, kwargs, "repetition_penalty") or 1.0
         if penalty != 1.0 and not torch.as_tensor(kwargs["attention_mask"]).all():
             # The library's own skips as many new tokens as a row has padding.
-            kwargs["logits_processor"] = LogitsProcessorList(
-                [RowPenalty(penalty, [[]] * batch), *(kwargs.get("logits_processor") or [])]
-            )
-            kwargs["repetition_penalty"] = 1.0
+            kwargs |= _with_processor(RowPenalty(penalty, [[]] * batch), kwargs)
         return torch.full((batch, 1), bos, device=inputs_embeds.device), kwargs
+
+
+# ---- what `generate` would do with its arguments ----
+
+
+def setting(model: nn.Module, kwargs: dict, name: str):
+    """What `generate` would take for one of its arguments, `None` for its default."""
+    sources = (kwargs.get("generation_config"), model.generation_config)
+    values = (kwargs.get(name), *(getattr(source, name, None) for source in sources))
+    return next((value for value in values if value is not None), None)
+
+
+def num_copies(model: nn.Module, kwargs: dict) -> int:
+    """How many sequences `generate` makes of each prompt: beams, or samples."""
+    return max(setting(model, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
+
+
+def is_assisted(settings: dict) -> bool:
+    """Whether `generate` would guess tokens ahead, with these arguments."""
+    return any(settings.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens"))
+
+
+def grows_in_place(model: nn.Module, kwargs: dict) -> bool:
+    """Whether a `GrowingCache` can stand for the library's default cache."""
+    if setting(model, kwargs, "use_cache") is False:
+        return False
+    return not any(
+        setting(model, kwargs, name) for name in (CACHE, "cache_implementation", "custom_generate")
+    )
+
+
+def takes_our_cache(model: nn.Module, kwargs: dict) -> bool:
+    """Whether `generate`, with these arguments, can go on from a cache that holds some of the prompt."""
+    if setting(model, kwargs, "use_cache") is False or setting(model, kwargs, "max_new_tokens") is None:
+        return False
+    return not any(setting(model, kwargs, name) for name in LIBRARY_CACHE)
+
+
+def prefills_before_copies(model: nn.Module, kwargs: dict, prompt_length: int) -> bool:
+    """Whether a prompt is computed before it is copied for beams or samples.
+
+    Not where its length decides by how much all keys are rotated: then it is computed in one pass.
+    """
+    text = model.config.text_config
+    in_one_pass = rotates_by_length(text) and prompt_length > text.max_position_embeddings
+    return num_copies(model, kwargs) > 1 and not in_one_pass
+
+
+def ends_in_text(inputs_embeds: Tensor, attention_mask: Tensor | None, im_mask: Tensor | None) -> bool:
+    """Whether there are several tokens, and the last of each row is neither padding nor part of a picture."""
+    last_is_real = attention_mask is None or bool(attention_mask[:, -1].all())
+    return inputs_embeds.shape[1] > 1 and last_is_real and (im_mask is None or not bool(im_mask[:, -1].any()))
+
+
+# ---- beginning ----
+
+
+def begin(model: nn.Module, prompt: ChatPrompt, earlier: PromptCache | None, infer_mode: str) -> Begun:
+    """A prompt that begins with as much as `earlier` holds of it."""
+    config, text, font = model.config, model.config.text_config, model.font
+    identities = [visual.identity(config, prompt.hd_num, font) for visual in prompt.visuals]
+    tokens, origin = prompt.tokens(identities), origin_of(model, infer_mode)
+    shared = 0 if earlier is None else earlier.shared_length(tokens[:-1], origin)
+    if shared and not reusable_length(text, shared, len(tokens)):
+        shared = 0
+    # A picture of which only a part is there is computed anew.
+    shared = next((start for start, stop in prompt.spans() if start < shared < stop), shared)
+    cache = earlier.restore(shared, config) if shared else GrowingCache(config)
+    inputs = batch_inputs(config, [prompt], num_cached=shared, font=font, device=model.input_device)
+    return Begun(inputs, cache, tokens, origin)
+
+
+@torch.no_grad()
+def prefill_before_copies(model: nn.Module, begun: dict, attention_mask: Tensor | None, kwargs: dict) -> dict:
+    """Compute keys and values of all but the last token, once for all beams or samples of a prompt.
+
+    Args:
+        begun: the cache, in batch size, which is filled and then repeated for each copy; `inputs_embeds`
+            (batch, tokens, hidden) behind what it holds, at least one token; `im_mask` (batch, tokens).
+        attention_mask: (batch, cached and new tokens), `None` if nothing is padding.
+
+    Returns:
+        What `generate` needs to go on from there: the cache, and the last token's embedding.
+    """
+    embeds, im_mask, cache = begun["inputs_embeds"], begun["im_mask"], begun[CACHE]
+    if embeds.shape[1] > 1:
+        model.model(
+            inputs_embeds=embeds[:, :-1],
+            attention_mask=None if attention_mask is None else attention_mask[:, :-1],
+            cache=cache,
+            im_mask=None if im_mask is None else im_mask[:, :-1],
+            infer_mode=kwargs.get("infer_mode", "base"),
+            use_cache=True,
+        )
+    cache.batch_repeat_interleave(num_copies(model, kwargs))
+    return {CACHE: cache, "inputs_embeds": embeds[:, -1:], "im_mask": None}
+
+
+# ---- drawing ----
+
+
+@contextmanager
+def same_draws(model: nn.Module) -> Iterator[None]:
+    """Let all processes that share a model draw the same tokens, whatever their own random states.
+
+    They draw from a seed of the first process, which takes it from its own generator. A model that is not
+    shared draws as ever.
+    """
+    if model.num_processes == 1:
+        yield
+        return
+    mesh, device = model.output.weight.device_mesh, model.input_device
+    group = mesh.get_group("tp") if "tp" in (mesh.mesh_dim_names or ()) else mesh.get_group()
+    seed = torch.randint(2**63 - 1, (1,)).to(device)
+    torch.distributed.broadcast(seed, group=group, group_src=0)
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(int(seed))
+        yield
 
 
 class RowPenalty(LogitsProcessor):
@@ -157,17 +403,63 @@ class RowPenalty(LogitsProcessor):
     """
 
     def __init__(self, penalty: float, prompts: Sequence[Sequence[int]]) -> None:
-        self.penalty, self.prompts = penalty, prompts
+        self.penalty = penalty
+        self.prompts = [torch.tensor(sorted(set(prompt)), dtype=torch.long) for prompt in prompts]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(rows, new tokens) ids and (rows, vocabulary) scores -> scores."""
         copies = len(scores) // len(self.prompts)
         seen = torch.zeros_like(scores, dtype=torch.bool)
         for row, prompt in enumerate(self.prompts):
-            seen[row * copies : (row + 1) * copies, list(prompt)] = True
+            if len(prompt):
+                seen[row * copies : (row + 1) * copies, prompt.to(scores.device)] = True
         seen.scatter_(1, input_ids, True)
         penalised = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
         return torch.where(seen, penalised, scores)
+
+
+def penalise_rows(inputs: dict, kwargs: dict) -> dict:
+    """`generate`'s arguments with a repetition penalty that sees what it sees in a prompt alone.
+
+    The library's own counts from the end of the left padding, or from the start of guessed tokens.
+    """
+    ids, mask = inputs["input_ids"], kwargs["attention_mask"]
+    penalty = kwargs.get("repetition_penalty", 1.0)
+    if penalty == 1.0:
+        return kwargs
+    if is_assisted(kwargs):
+        processor = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=ids.shape[1])
+    else:
+        flags = inputs.get("penalise_prompt", [False] * len(ids))
+        rows = zip(ids, mask.bool(), flags, strict=True)
+        processor = RowPenalty(penalty, [row[real].tolist() if flag else [] for row, real, flag in rows])
+    return {**kwargs, **_with_processor(processor, kwargs)}
+
+
+def _with_processor(processor: LogitsProcessor, kwargs: dict) -> dict:
+    """A penalty of ours before the caller's processors, in place of the library's own."""
+    others = kwargs.get("logits_processor") or []
+    return {"repetition_penalty": 1.0, "logits_processor": LogitsProcessorList([processor, *others])}
+
+
+class EndMarkFilter(BaseStreamer):
+    """Passes on to another streamer everything but the ids that end an answer."""
+
+    def __init__(self, streamer: BaseStreamer, stop_ids: Sequence[int]) -> None:
+        self.streamer, self.stop_ids = streamer, set(stop_ids)
+        self._is_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        """One step's token ids, the prompt first."""
+        if not self._is_prompt:
+            value = torch.tensor([i for i in value.flatten().tolist() if i not in self.stop_ids])
+        if self._is_prompt or value.numel():
+            self.streamer.put(value)
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """No more tokens."""
+        self.streamer.end()
 
 
 def as_list(ids: int | Sequence[int] | Tensor | None) -> list[int]:

@@ -1,7 +1,16 @@
-"""Pictures to tensors: normalised pixels as the global view and local tiles that the tower reads."""
+"""From a picture to what the tower reads: tiles or a square, their grid, and how many tokens they become.
 
-from collections.abc import Sequence
+Planned first, in integers, so that counts are cheap and can't disagree with the pixels. Last in this file is
+the image processor, the same under the interface of transformers.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -9,17 +18,32 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
+from .checkpoint_internlm_xcomposer2 import checkpoint_config, has_file, hub_arguments_in
+from .configuration_internlm_xcomposer2 import IMAGE_PROCESSOR_AUTO_MAP, VERSIONS
 from .ixc_utils import (
     Font,
+    check_hd_num,
     composite_frames,
     get_font,
     num_image_tokens,
-    num_square_tokens,
+    plan_composite,
     plan_tiles,
     plan_video,
     square_picture,
     tile_picture,
+)
+from .media_internlm_xcomposer2 import (
+    MAX_FRAMES,
+    Medium,
+    Size,
+    flatten_images,
+    flatten_videos,
+    is_video,
+    load_image,
+    load_video,
     to_rgb,
 )
 
@@ -27,6 +51,15 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 SQUARE = "square"
+
+# Pillow and torch let go of Python while they work, so that pictures can be read and cut at the same time.
+MAX_PICTURES_AT_ONCE = 8
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+# ---- pixels ----
 
 
 @dataclass(frozen=True)
@@ -37,12 +70,6 @@ class PreparedImage:
         Tensor  # (tiles, 3, side, side) float32: global view, then local tiles row by row; or a square
     )
     grid: tuple[int, int]  # (rows, cols) of the local tiles; (1, 1) for a square
-
-    def num_tokens(self, tokens_per_side: int) -> int:
-        """How many image tokens the picture takes, at `tokens_per_side` tokens along each tile."""
-        if len(self.pixel_values) == 1:
-            return num_square_tokens(tokens_per_side)
-        return num_image_tokens(*self.grid, tokens_per_side)
 
 
 class VisProcessor:
@@ -135,3 +162,329 @@ def batch_images(images: Sequence[PreparedImage]) -> tuple[Tensor, Tensor]:
     pixels = [image.pixel_values for image in images]
     pixels = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
     return pixels, torch.tensor([image.grid for image in images])
+
+
+# ---- pictures and videos as callers pass them ----
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One picture (`image`), the frames of one video (`frames`), or pixels already normalised (`pixels`)."""
+
+    image: Image.Image | None = None
+    frames: tuple[Image.Image, ...] = ()
+    pixels: Tensor | None = None  # (3, height, width)
+
+    def grid(self, config, hd_num: int) -> tuple[int, int]:
+        """(rows, cols) of local tiles, from sizes alone."""
+        if self.pixels is not None:
+            height, width = self.pixels.shape[-2:]
+            return height // config.img_size, width // config.img_size
+        if self.frames:
+            return grid_of_frames(config, [(frame.height, frame.width) for frame in self.frames])
+        return grid_of_image(config, self.image.height, self.image.width, hd_num)
+
+    def identity(self, config, hd_num: int, font: Font | None) -> Hashable:
+        """Equal for pictures that `prepare` makes the same of, and practically never for others."""
+        digest = hashlib.blake2b(digest_size=16)
+        if self.pixels is not None:
+            pixels = self.pixels.detach().float().cpu().contiguous()
+            digest.update(pixels.numpy())
+            return "pixels", tuple(pixels.shape), digest.digest()
+        for image in self.frames or (self.image,):
+            digest.update(f"{image.mode} {image.size}".encode())
+            digest.update(image.tobytes())
+        labels = (*font.getname(), getattr(font, "size", None)) if self.frames and font else ()
+        return "frames" if self.frames else "image", self.grid(config, hd_num), labels, digest.digest()
+
+    def prepare(self, config, hd_num: int, font: Font | None) -> PreparedImage:
+        """Cut and normalise."""
+        side = config.img_size
+        if self.pixels is not None:
+            pixels = self.pixels.float().cpu()
+            tiles = split_tiles(pixels, side) if config.is_tiled else pixels[None]
+            return PreparedImage(tiles, self.grid(config, hd_num))
+        if self.frames:
+            return preprocess_video(self.frames, tile_size=side, font=font)
+        return preprocess_image(
+            self.image, layout=VERSIONS[config.version].layout, tile_size=side, hd_num=hd_num
+        )
+
+
+def grid_of_image(config, height: int, width: int, hd_num: int) -> tuple[int, int]:
+    """(rows, cols) of local tiles that a picture of this size in pixels is cut into."""
+    if not config.is_tiled:
+        return 1, 1
+    layout = VERSIONS[config.version].layout
+    return plan_tiles(height, width, tile_size=config.img_size, hd_num=hd_num, layout=layout).grid
+
+
+def grid_of_frames(config, sizes: list[Size]) -> tuple[int, int]:
+    """(rows, cols) of local tiles of a video whose frames have these (height, width)."""
+    composite = plan_composite(sizes, tile_size=config.img_size)
+    return plan_video(*composite.size, tile_size=config.img_size).grid
+
+
+def default_hd_num(config, num_visuals: int) -> int:
+    """How many tiles each picture of a prompt may be cut into where the caller names no number."""
+    of_several = VERSIONS[config.version].hd_num_of_several
+    return config.hd_num if of_several is None or num_visuals < 2 else min(of_several, config.hd_num)
+
+
+def count_tokens(config, visuals: Sequence[Visual], hd_num: int) -> list[int]:
+    """How many image tokens each picture or video takes: by the plan that `prepare` cuts by."""
+    return [tokens_of_grid(config, visual.grid(config, hd_num)) for visual in visuals]
+
+
+def tokens_of_grid(config, grid: tuple[int, int]) -> int:
+    """How many image tokens a picture takes whose local tiles form this grid (1 x 1 for a square)."""
+    return num_image_tokens(*grid, config.tile_tokens_per_side, is_tiled=config.is_tiled)
+
+
+def as_visuals(media, config) -> list[Visual]:
+    """What a caller passed as `image`, loaded and checked.
+
+    Args:
+        media: one picture or video or a list of them; in a list, a list of frames is a video. A 4-D float
+            tensor is a stack of pictures that `vis_processor` has normalised.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `load_image` and `load_video`; or a video for a version
+            that doesn't read any; or normalised pixels of a size the tower can't read.
+    """
+    if not isinstance(media, list | tuple):
+        media = [media]
+    # Open files and pictures that Pillow has not read yet must not be read by two at a time.
+    are_apart = all(isinstance(item, str | os.PathLike | bytes) for item in media)
+    run = _in_threads if are_apart else map
+    return list(chain.from_iterable(run(lambda item: _as_visuals(item, config), media)))
+
+
+def _as_visuals(item, config) -> list[Visual]:
+    if isinstance(item, torch.Tensor) and item.ndim == 4:
+        return [Visual(pixels=check_pixels(pixels, config)) for pixels in item]
+    if isinstance(item, list | tuple) or is_video(item):
+        return [video_visual(item, config)]
+    return [Visual(image=load_image(item))]
+
+
+def video_visual(source, config, **sampling) -> Visual:
+    """A video by any source of `load_video`, sampled by its `fps` and `max_frames`.
+
+    Raises:
+        ValueError: the version doesn't read videos, and as `load_video`.
+    """
+    if not VERSIONS[config.version].reads_videos:
+        raise ValueError(
+            f"version {config.version} doesn't read videos; pass the frames as pictures, or use 2.5"
+        )
+    return Visual(frames=tuple(load_video(source, **sampling)))
+
+
+def load_media(media: Iterable, config, **sampling) -> list[Visual]:
+    """Media that say whether they are videos (`is_video`) and where they are (`source`), loaded.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `load_image` and `video_visual`.
+    """
+    return [
+        video_visual(medium.source, config, **sampling)
+        if medium.is_video
+        else Visual(image=load_image(medium.source))
+        for medium in media
+    ]
+
+
+def check_pixels(pixels: Tensor, config) -> Tensor:
+    """(3, height, width) normalised pixels, if the tower can read them.
+
+    Raises:
+        ValueError: the size is not the square's, or not a multiple of the tile's.
+    """
+    side = config.img_size
+    height, width = pixels.shape[-2:]
+    whole = (height % side == 0 and width % side == 0) if config.is_tiled else (height, width) == (side, side)
+    if pixels.shape[0] != 3 or not whole or not pixels.is_floating_point():
+        wanted = f"multiples of {side}" if config.is_tiled else f"{side} x {side}"
+        raise ValueError(
+            f"normalised pixels must be floats of (3, height, width) with {wanted} px, not "
+            f"{tuple(pixels.shape)} of {pixels.dtype}; pass a picture to have it resized"
+        )
+    return pixels
+
+
+def prepare_visuals(
+    visuals: Sequence[Visual], config, hd_num: int | Sequence[int], *, font: Font | None = None
+) -> tuple[Tensor, Tensor]:
+    """`pixel_values` (tiles, 3, side, side), `image_grid_hw` (visuals, 2); one `hd_num`, or each its own."""
+    budgets = [hd_num] * len(visuals) if isinstance(hd_num, int) else hd_num
+    pairs = zip(visuals, budgets, strict=True)
+    return batch_images(_in_threads(lambda pair: pair[0].prepare(config, pair[1], font), pairs))
+
+
+def _in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """The results in order, several at a time, but no more than torch may use threads.
+
+    Raises whatever the first item in order raises that fails; later ones that have not begun never do.
+    """
+    items = list(items)
+    num_threads = min(len(items), torch.get_num_threads(), MAX_PICTURES_AT_ONCE)
+    if num_threads < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(num_threads) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> list[tuple[int, int]]:
+    """The grids as pairs of ints, after checking that they account for every tile.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    side = config.img_size
+    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
+        raise ValueError(
+            f"pixel_values have the shape {tuple(pixel_values.shape)}; this checkpoint reads "
+            f"(tiles, 3, {side}, {side})"
+        )
+    if not config.is_tiled:
+        if image_grid_hw is not None and len(image_grid_hw) != len(pixel_values):
+            raise ValueError(
+                f"image_grid_hw names {len(image_grid_hw)} pictures but there are {len(pixel_values)}"
+            )
+        return [(1, 1)] * len(pixel_values)
+    if image_grid_hw is None:
+        raise ValueError("image_grid_hw is needed: rows and columns of the tiles of each picture")
+    table = torch.as_tensor(image_grid_hw)
+    if table.ndim != 2 or table.shape[1] != 2:
+        raise ValueError(f"image_grid_hw has the shape {tuple(table.shape)}; it needs (pictures, 2)")
+    grids = [(int(rows), int(cols)) for rows, cols in table.tolist()]
+    num_tiles = sum(1 + rows * cols for rows, cols in grids)
+    if any(rows < 1 or cols < 1 for rows, cols in grids) or num_tiles != len(pixel_values):
+        raise ValueError(
+            f"image_grid_hw {grids} stands for {num_tiles} tiles with the global views, but pixel_values "
+            f"hold {len(pixel_values)}"
+        )
+    return grids
+
+
+# ---- the interface of transformers ----
+
+
+class InternLMXComposer2ImageProcessor(BaseImageProcessor):
+    """Cuts pictures into the tiles or the square that a checkpoint reads. Needs no torchvision.
+
+    Args:
+        version: `"2"` (one square), `"2-4khd"` or `"2.5"` (tiles, and in 2.5 videos).
+        img_size: side of a square or tile in pixels.
+        tile_tokens_per_side: side, in tokens, of what one square or tile becomes.
+        hd_num: how many local tiles a picture may be cut into where the caller names no number.
+
+    Raises:
+        ValueError, TypeError: the version is unknown, or a number impossible.
+    """
+
+    model_input_names = ["pixel_values", "image_grid_hw"]
+
+    def __init__(
+        self,
+        version: str = "2.5",
+        img_size: int = 560,
+        tile_tokens_per_side: int = 20,
+        hd_num: int = 24,
+        **kwargs,
+    ) -> None:
+        super().__init__(**{"auto_map": dict(IMAGE_PROCESSOR_AUTO_MAP), **kwargs})
+        if version not in VERSIONS:
+            raise ValueError(f"unknown version {version!r}; this package knows {', '.join(VERSIONS)}")
+        self.version = version
+        self.img_size = img_size
+        self.tile_tokens_per_side = tile_tokens_per_side
+        self.hd_num = check_hd_num(hd_num)
+
+    @classmethod
+    def for_config(cls, config) -> "InternLMXComposer2ImageProcessor":
+        """The image processor of a checkpoint, by its configuration."""
+        return cls(config.version, config.img_size, config.tile_tokens_per_side, config.hd_num)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    ) -> "InternLMXComposer2ImageProcessor":
+        """Load what `save_pretrained` wrote, or make it from `config.json` and the weights.
+
+        Raises:
+            OSError: there is neither.
+        """
+        source = pretrained_model_name_or_path
+        hub_arguments = hub_arguments_in(kwargs)
+        own_files = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
+        known = os.path.isfile(source) or any(has_file(source, name, **hub_arguments) for name in own_files)
+        if known or not has_file(source, CONFIG_NAME, **hub_arguments):
+            return super().from_pretrained(source, **kwargs)
+        return cls.for_config(checkpoint_config(source, **hub_arguments))
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether pictures are a global view plus local tiles."""
+        return self.version != "2"
+
+    def preprocess(
+        self,
+        images=None,
+        videos=None,
+        *,
+        hd_num: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Pictures, or videos after them, without a prompt.
+
+        Args:
+            images, videos: one or a list, by any source of `load_image` and `load_video`.
+
+        Returns:
+            `pixel_values` (tiles, 3, side, side), each picture's global view first, and `image_grid_hw`
+            (pictures, 2), rows and columns of its local tiles.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: a source that can't be read, or no source at all.
+        """
+        images = [] if images is None else flatten_images(images)
+        videos = [] if videos is None else flatten_videos(videos)
+        if hd_num is not None:
+            check_hd_num(hd_num)
+        if not images and not videos:
+            raise ValueError("no pictures and no videos were given; pass at least one")
+        media = [*(Medium(False, item) for item in images), *(Medium(True, item) for item in videos)]
+        pixels, grids = self.prepare(self.load(media), self.hd_num if hd_num is None else hd_num)
+        return BatchFeature({"pixel_values": pixels, "image_grid_hw": grids}, tensor_type=return_tensors)
+
+    def load(self, media: list[Medium], *, fps: float = 1.0, num_frames: int = MAX_FRAMES) -> list[Visual]:
+        """Read pictures and sample videos.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: as `load_image` and `load_video`.
+        """
+        return load_media(media, self, fps=fps, max_frames=num_frames)
+
+    def default_hd_num(self, num_visuals: int) -> int:
+        """The budget of tiles of each picture of a prompt where the caller names none."""
+        return default_hd_num(self, num_visuals)
+
+    def num_image_tokens(self, rows: int, cols: int) -> int:
+        """Tokens of one picture whose local tiles form `rows` x `cols` (1 x 1 for a square)."""
+        return tokens_of_grid(self, (rows, cols))
+
+    def num_tiles(self, rows: int, cols: int) -> int:
+        """Rows of `pixel_values` of one picture: its local tiles and the global view, or the square."""
+        return 1 + rows * cols if self.is_tiled else 1
+
+    def prepare(self, visuals: list[Visual], hd_num: int) -> tuple[Tensor, Tensor]:
+        """`pixel_values` (tiles, 3, side, side) float32 and `image_grid_hw` (visuals, 2) int64."""
+        pixels, grids = prepare_visuals(visuals, self, hd_num)
+        return pixels, grids.to(torch.int64)

@@ -1,4 +1,4 @@
-"""Picture geometry of the family: integers and PIL pictures only. No torch, no disk, no network.
+"""Picture geometry of the family, in integers and PIL pictures, and the published names of its transforms.
 
 `plan_*` decide in integers, everything else carries a plan out. Sizes are (height, width) in pixels and grids
 (rows, cols) in tiles; only PIL itself speaks of (width, height). Whoever needs the number of tokens of a
@@ -12,14 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
+
+try:
+    from .media_internlm_xcomposer2 import MAX_FRAMES, Size, to_rgb, upright_size
+    from .media_internlm_xcomposer2 import load_video as read_video
+except ImportError:
+    if __package__:
+        raise
+    # Clients put a model directory on sys.path and import this file as a top-level module.
+    from media_internlm_xcomposer2 import MAX_FRAMES, Size, to_rgb, upright_size
+    from media_internlm_xcomposer2 import load_video as read_video
 
 if TYPE_CHECKING:
     from io import BytesIO
     from os import PathLike
 
-Size = tuple[int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # What the published checkpoints were trained with; every function takes another size as an argument.
@@ -32,12 +40,8 @@ GAP = 10
 LINE_WIDTH = 2
 FONT_SIZE = 40
 
-MAX_FRAMES = 32
-
 # A plan beyond this is not a picture that any checkpoint can read, but memory that is about to run out.
 MAX_PLANNED_PIXELS = 1 << 28
-
-EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -114,21 +118,6 @@ def plan_video(height: int, width: int, *, tile_size: int) -> TilePlan:
     return _lay_out(resized, tile_size, centred=False, transposed=width < height)
 
 
-def plan_frames(
-    num_frames: int, average_fps: float, *, fps: float = 1.0, max_frames: int = MAX_FRAMES
-) -> list[int]:
-    """Choose which frames of a video are shown: `fps` per second, thinned out evenly to `max_frames`."""
-    if num_frames < 1:
-        raise ValueError("the video has no frames")
-    if not fps > 0 or max_frames < 1:
-        raise ValueError(f"fps must be > 0 and max_frames >= 1, got fps={fps}, max_frames={max_frames}")
-    indices = range(0, num_frames, max(1, round(average_fps / fps)))
-    if len(indices) <= max_frames:
-        return list(indices)
-    step = len(indices) / (max_frames + 1)
-    return [indices[int(i * step)] for i in range(max_frames)]
-
-
 def plan_composite(sizes: Sequence[Size], *, tile_size: int) -> FramePlan:
     """Plan one picture of frames with these sizes; the last frame decides how they are stacked."""
     if not sizes:
@@ -147,16 +136,21 @@ def plan_composite(sizes: Sequence[Size], *, tile_size: int) -> FramePlan:
     return FramePlan(tuple(frames), tuple(positions), size, stacked)
 
 
-def num_image_tokens(rows: int, cols: int, tile_tokens_per_side: int) -> int:
-    """Tokens of a tiled picture: tiles and global view, a newline after each of their rows, a separator."""
+def num_image_tokens(rows: int, cols: int, tile_tokens_per_side: int, *, is_tiled: bool = True) -> int:
+    """How many tokens a picture has: the one place that says so.
+
+    A tiled picture has its tiles and a global view, a newline after each of their rows, and a separator; one
+    that is read as a square has that alone.
+
+    Args:
+        rows, cols: of local tiles.
+        tile_tokens_per_side: side, in tokens, of one tile or square.
+    """
+    if not is_tiled:
+        return tile_tokens_per_side**2
     tiles = (rows * cols + 1) * tile_tokens_per_side**2
     newlines = (rows + 1) * tile_tokens_per_side
     return tiles + newlines + 1
-
-
-def num_square_tokens(tokens_per_side: int) -> int:
-    """Tokens of a picture that is read as one square."""
-    return tokens_per_side**2
 
 
 def tile_rule(layout: str) -> TileRule:
@@ -205,43 +199,6 @@ def _fit_frame(height: int, width: int, *, long_side: int) -> Size:
 
 
 # --- pictures ---
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB: upright by its EXIF orientation, transparency laid on white."""
-    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _grey_from_numbers(image)
-    if image.has_transparency_data:
-        return _on_white(image)
-    if image.mode == "LAB":
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """Lay a picture with transparency on white."""
-    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    canvas = Image.new("RGBA", image.size, "white")
-    canvas.alpha_composite(image)
-    return canvas.convert("RGB")
-
-
-def _grey_from_numbers(image: Image.Image) -> Image.Image:
-    """A picture of numbers as RGB. White is 65535 for 16 bit, else the first candidate that covers it."""
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f"a picture of mode {image.mode} holds values that are not finite")
-    low, high = values.min(), values.max()
-    candidates = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
-    white = next((value for value in candidates if high <= value), None)
-    if low < 0 or white is None:
-        raise ValueError(
-            f"a picture of mode {image.mode} holds {low:g}..{high:g}; scale it to 0..{candidates[-1]}"
-        )
-    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8)).convert("RGB")
 
 
 def tile_picture(image: Image.Image, plan: TilePlan) -> Image.Image:
@@ -332,22 +289,9 @@ def load_video(
     fps: float = 1.0,
 ) -> list[Image.Image]:
     """The sampled frames of a video file, its bytes, or a list of frames."""
-    try:
-        from .media_internlm_xcomposer2 import load_video as read_video
-    except ImportError:
-        if __package__:
-            raise
-        # Clients put a model directory on sys.path and import this file as a top-level module.
-        from media_internlm_xcomposer2 import load_video as read_video
     return read_video(source, max_frames=max_frames, fps=fps)
 
 
 def _tile_by_rule(image: Image.Image, hd_num: int, tile_size: int, layout: str) -> Image.Image:
     height, width = upright_size(image)
     return tile_picture(image, plan_tiles(height, width, tile_size=tile_size, hd_num=hd_num, layout=layout))
-
-
-def upright_size(image: Image.Image) -> Size:
-    """(height, width) of a picture once its EXIF orientation is honoured."""
-    turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    return image.size if turned else image.size[::-1]

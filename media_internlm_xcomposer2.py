@@ -17,24 +17,24 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
 try:
-    from .ixc_utils import MAX_FRAMES, Size, plan_frames, to_rgb, upright_size
     from .video_internlm_xcomposer2 import DecordReader, PyAVReader, open_video
 except ImportError:
     if __package__:
         raise
     # A model directory on sys.path, this file imported as a top-level module.
-    from ixc_utils import MAX_FRAMES, Size, plan_frames, to_rgb, upright_size
     from video_internlm_xcomposer2 import DecordReader, PyAVReader, open_video
 
+Size = tuple[int, int]  # (height, width) in pixels
 MediaSource = (
     str | os.PathLike | bytes | bytearray | io.BytesIO | BinaryIO | Image.Image | np.ndarray | torch.Tensor
 )
@@ -44,6 +44,7 @@ MAX_IMAGE_BYTES = 128 << 20
 MAX_VIDEO_BYTES = 1 << 30
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow itself stops by default
 MAX_FRAME_PIXELS = 8192 * 4320
+MAX_FRAMES = 32  # of a video, unless the caller names another number
 LONG_VIDEO = 600.0  # seconds from which reading is worth a progress bar
 
 # Formats that Pillow decodes itself: none that start a program or draw vectors.
@@ -54,6 +55,10 @@ IMAGE_EXTENSIONS = frozenset(
 VIDEO_EXTENSIONS = frozenset(
     (".mp4", ".m4v", ".avi", ".mkv", ".mov", ".wmv", ".webm", ".flv", ".mpg", ".mpeg", ".ts", ".3gp", ".ogv")
 )
+
+EXIF_ORIENTATION = 0x0112
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{32,}={0,2}\s*")
 
 HEAD_BYTES = 512
 PICTURE_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1", b"jxl "})
@@ -171,6 +176,49 @@ def _array_to_image(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
+def upright_size(image: Image.Image) -> Size:
+    """(height, width) of a picture once its EXIF orientation is honoured."""
+    turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    return image.size if turned else image.size[::-1]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB: upright by its EXIF orientation, transparency laid on white."""
+    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _grey_from_numbers(image)
+    if image.has_transparency_data:
+        return _on_white(image)
+    if image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Lay a picture with transparency on white."""
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image)
+    return canvas.convert("RGB")
+
+
+def _grey_from_numbers(image: Image.Image) -> Image.Image:
+    """A picture of numbers as RGB. White is 65535 for 16 bit, else the first candidate that covers it."""
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"a picture of mode {image.mode} holds values that are not finite")
+    low, high = values.min(), values.max()
+    candidates = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
+    white = next((value for value in candidates if high <= value), None)
+    if low < 0 or white is None:
+        raise ValueError(
+            f"a picture of mode {image.mode} holds {low:g}..{high:g}; scale it to 0..{candidates[-1]}"
+        )
+    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8)).convert("RGB")
+
+
 # --- videos ---
 
 
@@ -195,6 +243,21 @@ def is_video(source: object) -> bool:
     if _looks_like_video(head):
         return True
     return Path(name).suffix.lower() in VIDEO_EXTENSIONS and not _looks_like_picture(head)
+
+
+def plan_frames(
+    num_frames: int, average_fps: float, *, fps: float = 1.0, max_frames: int = MAX_FRAMES
+) -> list[int]:
+    """Choose which frames of a video are shown: `fps` per second, thinned out evenly to `max_frames`."""
+    if num_frames < 1:
+        raise ValueError("the video has no frames")
+    if not fps > 0 or max_frames < 1:
+        raise ValueError(f"fps must be > 0 and max_frames >= 1, got fps={fps}, max_frames={max_frames}")
+    indices = range(0, num_frames, max(1, round(average_fps / fps)))
+    if len(indices) <= max_frames:
+        return list(indices)
+    step = len(indices) / (max_frames + 1)
+    return [indices[int(i * step)] for i in range(max_frames)]
 
 
 def load_video(
@@ -442,8 +505,77 @@ def _looks_like_video(head: bytes) -> bool:
 
 
 def _looks_like_picture(head: bytes) -> bool:
-    """Whether these first bytes are a picture, which a video reader would take for a film of one frame."""
+    """Whether these first bytes are a picture, which a video reader would take for a video of one frame."""
     marks = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
     riff = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     heif = head[4:8] == b"ftyp" and head[8:12] in PICTURE_BRANDS
     return head.startswith(marks) or riff or heif
+
+
+# --- as callers of processors pass them ---
+
+
+@dataclass(frozen=True)
+class Medium:
+    """One picture or video, not read yet."""
+
+    is_video: bool
+    source: MediaSource | Sequence[MediaSource]
+
+
+def as_source(value: MediaSource) -> MediaSource:
+    """A source, or base64 without its `data:` head, as a source.
+
+    A text is base64 if it has no other characters, is 32 or more long, decodes, and names no file.
+    """
+    if not isinstance(value, str) or not _BASE64.fullmatch(value) or _is_file(value):
+        return value
+    try:
+        return base64.b64decode(re.sub(r"\s", "", value), validate=True)
+    except binascii.Error as error:
+        raise ValueError(
+            f"{describe(value)} is neither a file nor valid base64 ({error}); it may have been cut"
+        ) from error
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # longer than a path can be
+        return False
+
+
+def flatten_images(images: object) -> list[MediaSource]:
+    """One picture, a list, a list of lists or a stack of pictures -> a list."""
+    if isinstance(images, list | tuple):
+        return [image for item in images for image in flatten_images(item)]
+    if getattr(images, "ndim", 0) == 4:
+        return list(images)
+    return [as_source(images)]
+
+
+def flatten_videos(videos: object) -> list[MediaSource | Sequence[MediaSource]]:
+    """One video or a list of them -> a list. Frames, in a list or as one stack, are one video."""
+    if getattr(videos, "ndim", 0) == 4:
+        return [list(videos)]
+    if not isinstance(videos, list | tuple):
+        return [as_source(videos)]
+    if videos and all(_is_frame(item) for item in videos):
+        return [videos]
+    return [video for item in videos for video in _videos_of(item)]
+
+
+def _videos_of(item: object) -> Iterator[MediaSource | Sequence[MediaSource]]:
+    """An item of a list of videos: a video, the frames of one, or one row's list of videos."""
+    is_row = isinstance(item, list | tuple) and all(
+        not _is_frame(part) and (getattr(part, "ndim", 0) == 4 or is_video(part)) for part in item
+    )
+    if is_row or not isinstance(item, list | tuple):
+        yield from flatten_videos(item)
+    else:
+        yield item
+
+
+def _is_frame(item: object) -> bool:
+    """A decoded picture: PIL, or an array of two or three dimensions."""
+    return hasattr(item, "getbands") or getattr(item, "ndim", 0) in (2, 3)

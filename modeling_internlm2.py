@@ -13,9 +13,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple, is_flash_attn_2_available, is_kernels_available
 
-from .build_mlp import LowRankUp, PLoRA, image_row_indices
-from .cache_internlm_xcomposer2 import GrowingCache
-from .configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2TextConfig
+from .build_mlp import LowRankUp, PLoRA, image_row_indices, introduce_to_peft, outside_autocast
+from .cache_internlm_xcomposer2 import CACHE, CACHE_NAMES, GrowingCache, accepts_both_names
+from .configuration_internlm_xcomposer2 import InternLMXcomposer2TextConfig, check_infer_mode
 
 
 class InternLM2RMSNorm(nn.Module):
@@ -155,7 +155,7 @@ class InternLM2Attention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         plora: dict,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
@@ -168,8 +168,8 @@ class InternLM2Attention(nn.Module):
         )
         query, key, value = packed[:, :, :-2].flatten(1, 2), packed[:, :, -2], packed[:, :, -1]
         query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         attention_interface = eager_attention_forward
         if self.config._attn_implementation != "eager":
@@ -221,7 +221,7 @@ class InternLM2DecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         image_rows: Tensor | slice | None = None,
         infer_mode: str = "base",
         **kwargs,
@@ -232,7 +232,7 @@ class InternLM2DecoderLayer(GradientCheckpointingLayer):
             self.attention_norm(hidden_states),
             position_embeddings,
             attention_mask,
-            past_key_values,
+            cache,
             plora,
             **kwargs,
         )
@@ -247,7 +247,7 @@ class InternLM2PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["InternLM2DecoderLayer", "CLIPEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -257,6 +257,11 @@ class InternLM2PreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
+
+    def named_modules(self, *args, **kwargs):
+        """As the base class. peft asks for them before it wraps any, so this is where it meets `PLoRA`."""
+        introduce_to_peft()
+        return super().named_modules(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """As the base class; new low-rank weights change nothing until trained (LoRA's own start)."""
@@ -286,12 +291,13 @@ class InternLM2Model(InternLM2PreTrainedModel):
         self.tok_embeddings = value
 
     @can_return_tuple
+    @accepts_both_names
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         im_mask: Tensor | None = None,
         infer_mode: str = "base",
@@ -305,6 +311,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
         Args:
             input_ids, inputs_embeds: (batch, tokens) ids or (batch, tokens, hidden) embeddings, one of them.
             attention_mask: (batch, all tokens), false or 0 on padding, of any dtype.
+            cache: what is computed already; `past_key_values` is its older name.
             im_mask: (batch, tokens), true on image tokens; any dtype and device.
             infer_mode: `"base"`, `"write"` or `"web"`.
 
@@ -319,35 +326,30 @@ class InternLM2Model(InternLM2PreTrainedModel):
         check_image_mask(im_mask, inputs_embeds)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = GrowingCache(self.config)
+            use_cache, cache = False, None
+        if use_cache and cache is None:
+            cache = GrowingCache(self.config)
         if position_ids is None:
-            position_ids = default_positions(inputs_embeds, past_key_values, attention_mask)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        return self._run_layers(
-            inputs_embeds,
-            output_attentions=self.config.output_attentions
-            if output_attentions is None
-            else output_attentions,
-            output_hidden_states=(
-                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-            ),
-            attention_mask=causal_mask,
-            position_ids=position_ids,
-            position_embeddings=self.rotary_emb(position_ids),
-            past_key_values=past_key_values,
-            image_rows=image_row_indices(im_mask, inputs_embeds.device),
-            infer_mode=infer_mode,
-            use_cache=use_cache,
-            **kwargs,
-        )
+            position_ids = default_positions(inputs_embeds, cache, attention_mask)
+        # By position: the fourth argument has two names.
+        causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        with outside_autocast(inputs_embeds):
+            return self._run_layers(
+                inputs_embeds,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                position_embeddings=self.rotary_emb(position_ids),
+                cache=cache,
+                image_rows=image_row_indices(im_mask, inputs_embeds.device),
+                infer_mode=infer_mode,
+                use_cache=use_cache,
+                **kwargs,
+            )
 
     def _run_layers(
         self, hidden_states: Tensor, output_attentions: bool, output_hidden_states: bool, **layer_inputs
@@ -360,34 +362,19 @@ class InternLM2Model(InternLM2PreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=layer_inputs["past_key_values"],
+            **{CACHE: layer_inputs["cache"]},
             hidden_states=(*all_hidden, hidden_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
         )
 
 
-def default_positions(
-    inputs_embeds: Tensor, past_key_values: Cache | None, attention_mask: Tensor | None
-) -> Tensor:
+def default_positions(inputs_embeds: Tensor, cache: Cache | None, attention_mask: Tensor | None) -> Tensor:
     """(1 or batch, tokens) positions that go on where the cache ends and leave padding out."""
     if attention_mask is not None and attention_mask.ndim == 2:
         positions = (attention_mask.to(inputs_embeds.device).long().cumsum(-1) - 1).clamp(min=0)
         return positions[:, -inputs_embeds.shape[1] :]
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    past = cache.get_seq_length() if cache is not None else 0
     return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
-
-
-def check_infer_mode(infer_mode: str, config: InternLMXcomposer2TextConfig) -> None:
-    """Raise `ValueError` for an unknown mode, or one whose adapters the checkpoint lacks."""
-    if not isinstance(infer_mode, str) or infer_mode not in ADAPTERS_OF_MODE:
-        raise ValueError(f"unknown infer_mode {infer_mode!r}; it is one of {', '.join(ADAPTERS_OF_MODE)}")
-    lacking = [name for name in ADAPTERS_OF_MODE[infer_mode] if name not in config.task_adapters]
-    if lacking:
-        raise ValueError(
-            f"infer_mode {infer_mode!r} needs the adapters {', '.join(lacking)}, but this model has "
-            f"{', '.join(config.task_adapters) or 'none'}; use infer_mode='base', or load "
-            f"InternLM-XComposer2.5-7B without the argument adapters or with {infer_mode!r} in it"
-        )
 
 
 def check_image_mask(im_mask: Tensor | None, inputs_embeds: Tensor) -> None:

@@ -9,26 +9,44 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
-from .answer_internlm_xcomposer2 import PromptMixin
-from .build_mlp import build_projector, build_vision_projector, build_vision_tower
+from .build_mlp import (
+    Projector,
+    blank_picture,
+    build_vision_projector,
+    build_vision_tower,
+    must_see_pictures,
+    outside_autocast,
+)
+from .cache_internlm_xcomposer2 import CACHE, accepts_both_names
 from .chat_internlm_xcomposer2 import ChatMixin
 from .checkpoint_internlm_xcomposer2 import (
     asking_for_heads,
+    check_divisible,
     check_loading,
-    checkpoint_shapes,
+    checkpoint_headers,
     choose_adapters,
     hub_arguments_in,
+    packer_arguments,
     read_config,
+    shapes_of,
+    tensor_parallel_size,
 )
-from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+from .configuration_internlm_xcomposer2 import (
+    PUBLISHED_KEYS,
+    InternLMXcomposer2Config,
+    check_infer_mode,
+    is_reward,
+)
 from .embedding_methods_internlm_xcomposer2 import EmbeddingMethodsMixin
 
 # Names that clients import from this module.
@@ -37,31 +55,41 @@ from .embedding_methods_internlm_xcomposer2 import image_extensions as image_ext
 from .embedding_methods_internlm_xcomposer2 import set_random_seed as set_random_seed
 from .embedding_methods_internlm_xcomposer2 import video_extensions as video_extensions
 from .generation_internlm_xcomposer2 import GenerateMixin
-from .image_processing_internlm_xcomposer2 import VisProcessor
-from .ixc_utils import get_font
-from .modeling_internlm2 import (
-    InternLM2Model,
-    InternLM2PreTrainedModel,
-    check_attention,
-    check_infer_mode,
+from .image_processing_internlm_xcomposer2 import (
+    VisProcessor,
+    check_grids,
+    default_hd_num,
+    tokens_of_grid,
 )
-from .packed_internlm_xcomposer2 import loading_arguments
-from .parallel_internlm_xcomposer2 import check_divisible, check_gatherable, tensor_parallel_size
-from .quantization_internlm_xcomposer2 import quantizer_argument, saving_quantized, settle_quantized
-from .training_internlm_xcomposer2 import blank_picture, must_see_pictures
-from .visual_internlm_xcomposer2 import check_grids, num_tokens_of_grid
-from .weight_shapes_internlm_xcomposer2 import is_reward
+from .ixc_utils import get_font
+from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_attention
+from .quantization_internlm_xcomposer2 import (
+    Packing,
+    check_savable,
+    pack_linears,
+    packing_to_read,
+    quantizer_argument,
+    settle_quantized,
+    settle_saved_metadata,
+    unpack_linears,
+    unpacked_shapes,
+)
+from .reward_internlm_xcomposer2 import RewardMixin, last_positions, pairwise_loss
 from .writing_internlm_xcomposer2 import WritingMixin
 
-# Published names of the decoder's linears -> ours, whose plain linear is a child; and back at saving.
-PUBLISHED_KEYS = {r"\.(wqkv|wo|w1|w2|w3)\.weight": r".\1.linear.weight"}
+logger = logging.get_logger(__name__)
 
 
-class InternLMXComposer2Backbone(EmbeddingMethodsMixin, PromptMixin, InternLM2PreTrainedModel):
+class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel):
     """A checkpoint without its head: a vision tower, a projector and InternLM2 with Partial LoRA.
 
-    Subclasses add a head and call `post_init`.
+    Subclasses add a head and call `_finish_init`.
+
+    Attributes:
+        num_processes: how many processes hold a part each of the decoder (tensor parallelism).
     """
+
+    num_processes = 1
 
     config_class = InternLMXcomposer2Config
     main_input_name = "input_ids"
@@ -80,7 +108,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, PromptMixin, InternLM2Pr
             self.plora_glb_GN = nn.Parameter(torch.zeros(1, 1, width))
             self.plora_sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
         if config.video_memory_size:
-            self.video_mem_proj = build_projector(config.video_memory_size, config.text_config.hidden_size)
+            self.video_mem_proj = Projector(config.video_memory_size, config.text_config.hidden_size)
         self.model = InternLM2Model(config.text_config)
         self.vis_processor = VisProcessor(None if config.is_tiled else config.img_size)
         self.tokenizer = None
@@ -88,12 +116,22 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, PromptMixin, InternLM2Pr
         self.max_length = config.max_length
         self.im_size = config.img_size
         self.vocab_size = config.text_config.vocab_size
-        skipped = getattr(config, "_skipped_adapters", ())
+        # Task adapters that the configuration doesn't name stay in the file.
+        named = "|".join(config.text_config.task_adapters)
         self._keys_to_ignore_on_load_unexpected = [
             *self._keys_to_ignore_on_load_unexpected,
-            *(rf"\.lora_{name}_[AB]\.weight$" for name in skipped),
+            rf"\.lora_(?!(?:{named})_)\w+_[AB]\.weight$",
         ]
-        self._weight_conversions = [WeightRenaming(*pair) for pair in PUBLISHED_KEYS.items()]
+
+    def _finish_init(self, packed: tuple[Packing, Mapping[str, tuple[int, ...]]] | None) -> None:
+        """What comes after the head: the library's own, and `PackedLinear` where weights are packed.
+
+        Args:
+            packed: how the weights of a file are packed, and the shapes of its tensors.
+        """
+        if packed is not None:
+            pack_linears(self, *packed)
+        self.post_init()
 
     # ---- loading and saving ----
 
@@ -131,24 +169,35 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, PromptMixin, InternLM2Pr
         if not isinstance(config, PreTrainedConfig):
             config, kwargs = read_config(cls.config_class, config or source, **kwargs)
             kwargs = {**kwargs, **hub_arguments}
-        shapes = checkpoint_shapes(source, kwargs.get("state_dict"), **hub_arguments)
-        path, shapes, config, kwargs = loading_arguments(source, shapes, config, quantization, kwargs)
-        kwargs["key_mapping"] = {**PUBLISHED_KEYS, **(kwargs.get("key_mapping") or {})}
+        headers = checkpoint_headers(source, kwargs.get("state_dict"), **hub_arguments)
+        shapes = shapes_of(headers)
+        packing = packing_to_read(source, headers, config, quantization, hub_arguments)
+        found = {} if packing is None else packer_arguments(source, kwargs, hub_arguments)
+        if packing is not None:
+            kwargs |= found
+            model_args = ((packing, shapes), *model_args)
+            shapes = unpacked_shapes(shapes, packing)
         kwargs["quantization_config"] = quantization
         with asking_for_heads(source):
             config = config.complete_from_shapes(shapes)
+        if packing is not None and hasattr(config, "quantization_config"):
+            del config.quantization_config  # of a copy; transformers would ask for packages that read it
         model_class = cls._class_for(shapes)
-        check_divisible(config.text_config, tensor_parallel_size(kwargs))
-        config._skipped_adapters = choose_adapters(config, adapters)
+        num_processes = tensor_parallel_size(kwargs)
+        check_divisible(config.text_config, num_processes)
+        choose_adapters(config, adapters)
         accept_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs["ignore_mismatched_sizes"] = True  # so that every fault is listed below, not only logged
         model, info = super(InternLMXComposer2Backbone, model_class).from_pretrained(
-            path, *model_args, config=config, output_loading_info=True, **kwargs
+            None if found else source, *model_args, config=config, output_loading_info=True, **kwargs
         )
         check_loading({**info, "mismatched_keys": () if accept_mismatch else info["mismatched_keys"]}, source)
-        del model.config._skipped_adapters  # of this checkpoint, and not of one that is saved from here
+        model.num_processes = num_processes
+        if packing is not None:
+            unpack_linears(model, model.dtype)
+        if found:
+            model.name_or_path = model.config.name_or_path = str(source)
         model._settle_generation_config()
-        model.name_or_path = model.config.name_or_path = str(source or "")
         settle_quantized(model)
         return (model, info) if output_loading_info else model
 
@@ -161,15 +210,14 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, PromptMixin, InternLM2Pr
         """Write the checkpoint, under the published names where the weights are not quantised.
 
         Raises:
-            ValueError: the quantised weights have no form in a file, or this transformers can't put together
-                what several processes share; nothing is written.
+            ValueError: the quantised weights have no form in a file; nothing is written.
         """
-        check_gatherable(self)
         if getattr(self, "hf_quantizer", None) is None:
             super().save_pretrained(save_directory, **kwargs)
             return
-        with saving_quantized(self):
-            super().save_pretrained(save_directory, **{**kwargs, "save_original_format": False})
+        check_savable(self)
+        super().save_pretrained(save_directory, **{**kwargs, "save_original_format": False})
+        settle_saved_metadata(save_directory)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -178,7 +226,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, PromptMixin, InternLM2Pr
                 init.normal_(newline, std=self.config.text_config.initializer_range)
 
     def _settle_generation_config(self) -> None:
-        """Mend what the files say of `generate`, in a model that has it."""
+        """Correct what the files say of `generate`, in a model that has it."""
 
     # ---- parts that libraries ask for ----
 
@@ -198,10 +246,10 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, PromptMixin, InternLM2Pr
     def input_device(self) -> torch.device:
         """Where prompts belong: with the embeddings, or where they are computed while they are offloaded."""
         device = self.model.tok_embeddings.weight.device
-        if device.type == "meta":
-            hook = getattr(self.model.tok_embeddings, "_hf_hook", None)
-            device = torch.device(getattr(hook, "execution_device", None) or "cpu")
-        return device
+        if device.type != "meta":
+            return device
+        places = getattr(self, "hf_device_map", {}).values()
+        return torch.device(next((place for place in places if place not in ("cpu", "disk")), "cpu"))
 
     @property
     def font(self):
@@ -216,7 +264,11 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, PromptMixin, InternLM2Pr
 
     def num_image_tokens(self, rows: int, cols: int) -> int:
         """Tokens of one picture whose local tiles form `rows` x `cols` (1 x 1 for a square)."""
-        return num_tokens_of_grid(self.config, rows, cols)
+        return tokens_of_grid(self.config, (rows, cols))
+
+    def default_hd_num(self, num_pictures: int) -> int:
+        """How many tiles each picture of a prompt may be cut into where the caller names no number."""
+        return default_hd_num(self.config, num_pictures)
 
     def get_image_features(
         self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs
@@ -292,7 +344,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, PromptMixin, InternLM2Pr
         pixel_values: Tensor | None = None,
         image_grid_hw: Tensor | None = None,
         im_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         *,
         for_loss: bool,
         **kwargs,
@@ -310,14 +362,12 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, PromptMixin, InternLM2Pr
         if inputs_embeds is not None and pixel_values is not None:
             raise ValueError("inputs_embeds hold the pictures already; give pixel_values with input_ids")
         if inputs_embeds is None:
-            self._check_pictures_present(input_ids, pixel_values, im_mask, past_key_values)
+            self._check_pictures_present(input_ids, pixel_values, im_mask, cache)
             inputs_embeds, found = self.embed_inputs(input_ids, pixel_values, image_grid_hw, im_mask)
             im_mask = im_mask if found is None else found
         if for_loss and (im_mask is None or not im_mask.any()) and must_see_pictures(self):
             inputs_embeds = self._pass_blank_picture(inputs_embeds)
-        return self.model(
-            inputs_embeds=inputs_embeds, im_mask=im_mask, past_key_values=past_key_values, **kwargs
-        )
+        return self.model(inputs_embeds=inputs_embeds, im_mask=im_mask, cache=cache, **kwargs)
 
     def _pass_blank_picture(self, inputs_embeds: Tensor) -> Tensor:
         """The same embeddings, computed from the vision parts too: a picture of which no token is used."""
@@ -350,19 +400,19 @@ class InternLMXComposer2ForCausalLM(
 
     _tp_plan = {"output": "colwise_gather_output"}
 
-    def __init__(self, config: InternLMXcomposer2Config) -> None:
+    def __init__(
+        self,
+        config: InternLMXcomposer2Config,
+        packed: tuple[Packing, Mapping[str, tuple[int, ...]]] | None = None,
+    ) -> None:
         super().__init__(config)
         self.output = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+        self._finish_init(packed)
         self._settle_generation_config()
 
     @classmethod
     def _class_for(cls, shapes: Mapping[str, tuple[int, ...]]) -> type[InternLMXComposer2Backbone]:
-        if not is_reward(shapes):
-            return cls
-        from .reward_internlm_xcomposer2 import InternLMXComposer2ForSequenceClassification  # imports this
-
-        return InternLMXComposer2ForSequenceClassification
+        return InternLMXComposer2ForSequenceClassification if is_reward(shapes) else cls
 
     def get_output_embeddings(self) -> nn.Module:
         return self.output
@@ -386,12 +436,13 @@ class InternLMXComposer2ForCausalLM(
             self.generation_config.eos_token_id = [*stops, self.config.end_token_id]
 
     @can_return_tuple
+    @accepts_both_names
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_hw: Tensor | None = None,
@@ -409,6 +460,7 @@ class InternLMXComposer2ForCausalLM(
         Args:
             input_ids: (batch, tokens), each picture a run of `config.image_token_id`.
             attention_mask: (batch, all tokens), false or 0 on padding, left or right, of any dtype.
+            cache: what is computed already; `past_key_values` is its older name.
             inputs_embeds: (batch, tokens, hidden), instead of `input_ids`.
             pixel_values: (tiles, 3, side, side), all tiles of all pictures in the order of the prompt.
             image_grid_hw: (pictures, 2), rows and columns of local tiles.
@@ -438,7 +490,7 @@ class InternLMXComposer2ForCausalLM(
             pixel_values,
             image_grid_hw,
             im_mask,
-            past_key_values,
+            cache,
             for_loss=labels is not None,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -447,7 +499,9 @@ class InternLMXComposer2ForCausalLM(
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.output(outputs.last_hidden_state[:, kept])
+        hidden = outputs.last_hidden_state[:, kept]
+        with outside_autocast(hidden):
+            logits = self.output(hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -459,7 +513,119 @@ class InternLMXComposer2ForCausalLM(
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+class InternLMXComposer2ForSequenceClassification(RewardMixin, InternLMXComposer2Backbone):
+    """The model with a score in place of the output head.
+
+    Trained on pairs of answers (`samples`, or `pairwise_loss` of the logits) it is a reward model. A chat
+    checkpoint loads too, with a new head. `config.num_labels` is one, unless a configuration says otherwise.
+    """
+
+    _keys_to_ignore_on_load_missing = [
+        *InternLMXComposer2Backbone._keys_to_ignore_on_load_missing,
+        r"^score\.weight$",
+    ]
+    _keys_to_ignore_on_load_unexpected = [
+        *InternLMXComposer2Backbone._keys_to_ignore_on_load_unexpected,
+        r"^output\.weight$",
+    ]
+
+    def __init__(
+        self,
+        config: InternLMXcomposer2Config,
+        packed: tuple[Packing, Mapping[str, tuple[int, ...]]] | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.score = nn.Linear(config.text_config.hidden_size, config.num_labels, bias=False)
+        self._finish_init(packed)
+
+    @classmethod
+    def _class_for(cls, shapes: Mapping[str, tuple[int, ...]]) -> type[InternLMXComposer2Backbone]:
+        if "score.weight" not in shapes:
+            logger.warning(
+                "this checkpoint has no score head: score.weight is new, and its scores mean nothing until "
+                "the model is trained"
+            )
+        return cls
+
+    @can_return_tuple
+    @accepts_both_names
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_hw: Tensor | None = None,
+        im_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = False,
+        samples: dict | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Conversations -> scores, read at the last token of each.
+
+        Args:
+            input_ids: (batch, tokens), each picture a run of `config.image_token_id`.
+            attention_mask: (batch, tokens), false or 0 on padding, left or right. Without it, what follows
+                the last token of `input_ids` that is not padding counts as padding.
+            inputs_embeds: (batch, tokens, hidden), instead of `input_ids`, with `im_mask` where pictures are.
+            pixel_values, image_grid_hw: as in the chat model.
+            labels: (batch,), for transformers' own losses, by `config.problem_type` and `config.num_labels`.
+            samples: a batch of the published trainer, instead of everything above, as `embed_pairs` takes it.
+
+        Returns:
+            `logits` (batch, labels). With `samples` they are (2 x pairs, 1), chosen and rejected in turn, and
+            `loss` is their `pairwise_loss`.
+
+        Raises:
+            ValueError: pictures and conversations don't match.
+        """
+        if samples is not None:
+            inputs_embeds, attention_mask, im_mask = self.embed_pairs(samples)
+            input_ids = pixel_values = None
+        outputs = self.run_decoder(
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            image_grid_hw,
+            im_mask,
+            cache,
+            for_loss=True,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        mask = attention_mask
+        if mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            mask = input_ids != self.config.pad_token_id
+        last = last_positions(hidden.shape[1], None if mask is None else mask.to(hidden.device))
+        hidden = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        with outside_autocast(hidden):
+            logits = self.score(hidden)
+        loss = pairwise_loss(logits) if samples is not None else None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            **{CACHE: outputs.get(CACHE)},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# transformers renames keys by class, at loading and, the other way round, at saving.
+for _class in (InternLMXComposer2ForCausalLM, InternLMXComposer2ForSequenceClassification):
+    _renamings = [WeightRenaming(*pair) for pair in PUBLISHED_KEYS.items()]
+    register_checkpoint_conversion_mapping(_class.__name__, _renamings, overwrite=True)

@@ -1,38 +1,128 @@
 """The processor: texts or messages with pictures and videos -> everything that `generate` needs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
-from .auto_internlm_xcomposer2 import PROCESSOR_AUTO_MAP
 from .checkpoint_internlm_xcomposer2 import checkpoint_config, has_file, hub_arguments_in
-from .conversation_internlm_xcomposer2 import (
-    VIDEO_MARK,
-    Medium,
-    ProcessingOptions,
-    pair_media,
-    read_messages,
-    split_conversations,
+from .configuration_internlm_xcomposer2 import PROCESSOR_AUTO_MAP
+from .image_processing_internlm_xcomposer2 import (
+    InternLMXComposer2ImageProcessor,
+    Visual,
+    count_tokens,
+    grid_of_frames,
+    grid_of_image,
 )
-from .image_processor_internlm_xcomposer2 import InternLMXComposer2ImageProcessor
+from .ixc_utils import check_hd_num
+from .media_internlm_xcomposer2 import MAX_FRAMES, Medium
 from .prompt_internlm_xcomposer2 import (
-    END_OF_TURN,
-    IMAGE_MARK,
     META_INSTRUCTION,
     encode_prompt,
     format_turn,
+    pair_media,
     place_images,
+    read_messages,
+    split_conversations,
 )
-from .tokenization_internlm_xcomposer2 import TURNS_TEMPLATE
-from .visual_internlm_xcomposer2 import Visual, grid_of_frames, grid_of_image
+from .tokenization_internlm_xcomposer2 import END_OF_TURN, IMAGE_MARK, TURNS_TEMPLATE, VIDEO_MARK
 
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor
+
+
+class InternLMXComposer2TextKwargs(TypedDict, total=False):
+    """How texts become rows.
+
+    Args:
+        padding: True or "longest" (the default), "max_length", or False for rows as they come.
+        padding_side: "left" (the default), as generation needs it, or "right".
+        max_length: what rows are padded to with `padding="max_length"`; a longer row is an error.
+        pad_to_multiple_of: a number that the length of padded rows is a multiple of.
+        truncation: accepted for callers that name it; nothing is ever cut.
+        add_special_tokens: whether BOS is added where the version has it and the text doesn't.
+        return_mm_token_type_ids: add `mm_token_type_ids`, 1 on image tokens.
+        return_text_replacement_offsets: add `text_replacement_offsets`, what became of each mark.
+        return_tensors: "pt", "np", or None for lists of ids.
+    """
+
+    padding: bool | str
+    padding_side: str
+    max_length: int | None
+    pad_to_multiple_of: int | None
+    truncation: bool | str | None
+    add_special_tokens: bool
+    return_mm_token_type_ids: bool
+    return_text_replacement_offsets: bool
+    return_tensors: str | None
+
+
+class InternLMXComposer2ImagesKwargs(TypedDict, total=False):
+    """How pictures are cut.
+
+    Args:
+        hd_num: local tiles that a picture may be cut into, the checkpoint's own number by default.
+        return_tensors: as of texts.
+    """
+
+    hd_num: int | None
+    return_tensors: str | None
+
+
+class InternLMXComposer2VideosKwargs(TypedDict, total=False):
+    """How videos are sampled.
+
+    Args:
+        fps, num_frames: frames per second of a video, one by default, and at most how many.
+        return_tensors: as of texts.
+    """
+
+    fps: float
+    num_frames: int
+    return_tensors: str | None
+
+
+class InternLMXComposer2ProcessorKwargs(ProcessingKwargs, total=False):
+    """Every option of the processor, by name or in the groups of transformers."""
+
+    text_kwargs: InternLMXComposer2TextKwargs
+    images_kwargs: InternLMXComposer2ImagesKwargs
+    videos_kwargs: InternLMXComposer2VideosKwargs
+    _defaults = {
+        "text_kwargs": {"padding": True, "padding_side": "left", "add_special_tokens": True},
+        "images_kwargs": {"hd_num": None},
+        "videos_kwargs": {"fps": 1.0, "num_frames": MAX_FRAMES},
+    }
+
+
+OPTION_GROUPS = {
+    "text_kwargs": InternLMXComposer2TextKwargs,
+    "images_kwargs": InternLMXComposer2ImagesKwargs,
+    "videos_kwargs": InternLMXComposer2VideosKwargs,
+}
+OPTIONS = {name for group in OPTION_GROUPS.values() for name in group.__annotations__}
+
+
+def check_options(kwargs: Mapping[str, object]) -> None:
+    """Raise `TypeError` or `ValueError` for an unknown or impossible option, by name or in a group."""
+    groups = (*OPTION_GROUPS, "common_kwargs")
+    given = {name: value for name, value in kwargs.items() if name not in groups}
+    for group in groups:
+        given |= kwargs.get(group) or {}
+    if unknown := set(given) - OPTIONS:
+        raise TypeError(
+            f"unknown option {', '.join(sorted(map(str, unknown)))}; the processor takes "
+            f"{', '.join(sorted(OPTIONS))}"
+        )
+    if (hd_num := given.get("hd_num")) is not None:
+        check_hd_num(hd_num)
+    if (side := given.get("padding_side", "left")) not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right', not {side!r}")
 
 
 def default_template(version: str) -> str:
@@ -65,6 +155,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
 
     image_token = IMAGE_MARK
     video_token = VIDEO_MARK
+    valid_processor_kwargs = InternLMXComposer2ProcessorKwargs
 
     def __init__(
         self,
@@ -128,7 +219,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
             text: one or more texts, each with a mark for each of its media; BOS is added where it is missing.
             videos: one video or a list of them by any source of `load_video`; a list of frames is a video.
                 Beside pictures the text marks them by `video_token`.
-            kwargs: the fields of `ProcessingOptions`, by name or in the groups of transformers.
+            kwargs: those of `InternLMXComposer2ProcessorKwargs`, by name or in the groups of transformers.
 
         Returns:
             `input_ids` and `attention_mask` (texts, tokens), and with media `pixel_values`
@@ -138,15 +229,23 @@ class InternLMXComposer2Processor(ProcessorMixin):
             FileNotFoundError, TypeError, ValueError: anything wrong with the arguments, before any pixel
                 is cut.
         """
-        options = ProcessingOptions.from_kwargs(kwargs)
+        options = self._options(kwargs)
         if text is None:
-            tensors = {"hd_num": options.hd_num, "return_tensors": options.return_tensors}
-            return self.image_processor.preprocess(images, videos, **tensors)
+            return self.image_processor.preprocess(images, videos, **options["images_kwargs"])
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
             raise TypeError("text must be a str or a list of at least one str")
         texts, media = pair_media(texts, images, videos, allow_unmarked=self.version == "2.5")
         return self._process(texts, media, options)
+
+    def _options(self, kwargs: Mapping[str, object]) -> dict[str, dict]:
+        """Options by their group, with the defaults of those that a caller left out.
+
+        Raises:
+            TypeError, ValueError: an option that is unknown or impossible.
+        """
+        check_options(kwargs)
+        return self._merge_kwargs(InternLMXComposer2ProcessorKwargs, **kwargs)
 
     def apply_chat_template(
         self,
@@ -172,17 +271,18 @@ class InternLMXComposer2Processor(ProcessorMixin):
         without effect.
 
         Args:
-            processor_kwargs: fields of `ProcessingOptions`; they may also be given as keywords.
+            processor_kwargs: options as `__call__` takes them; they may also be given as keywords.
             kwargs: anything else is a variable of the template, such as `use_meta`.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: as `__call__`, and for messages that are none.
+            FileNotFoundError, TypeError, ValueError: as `__call__`, and for anything but messages.
         """
         if return_assistant_tokens_mask:
             raise ValueError("return_assistant_tokens_mask needs offsets, which sentencepiece doesn't give")
         conversations, is_batch = split_conversations(conversation)
         read = [read_messages(messages, need_sources=tokenize) for messages in conversations]
-        given = {name: kwargs.pop(name) for name in ProcessingOptions.names() & set(kwargs)}
+        names = OPTIONS | {*OPTION_GROUPS, "common_kwargs"}
+        given = {name: kwargs.pop(name) for name in names & set(kwargs)}
         options = {**given, **(processor_kwargs or {}), "return_tensors": return_tensors}
         texts = self.tokenizer.apply_chat_template(
             [messages for messages, _ in read],
@@ -196,7 +296,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
         )
         if not tokenize:
             return texts if is_batch else texts[0]
-        inputs = self._process(texts, [media for _, media in read], ProcessingOptions.from_kwargs(options))
+        inputs = self._process(texts, [media for _, media in read], self._options(options))
         return inputs if return_dict else inputs["input_ids"]
 
     def _template(self, name: str | None) -> str:
@@ -208,29 +308,27 @@ class InternLMXComposer2Processor(ProcessorMixin):
         return self.chat_template.get(name or "default", name)
 
     def _process(
-        self, texts: Sequence[str], media: Sequence[Sequence[Medium]], options: ProcessingOptions
+        self, texts: Sequence[str], media: Sequence[Sequence[Medium]], options: dict[str, dict]
     ) -> BatchFeature:
         """Texts with an `IMAGE_MARK` for each of their media -> a batch."""
+        text_options, sampling = options["text_kwargs"], options["videos_kwargs"]
         bos = self.tokenizer.bos_token
         bare = [text.removeprefix(bos) for text in texts]
         pieces = [
             place_images(text, len(row), version=self.version) for text, row in zip(bare, media, strict=True)
         ]
-        visuals = [
-            self.image_processor.load(row, fps=options.fps, num_frames=options.num_frames) for row in media
-        ]
-        budgets = [options.hd_num or self.image_processor.default_hd_num(len(row)) for row in visuals]
-        lengths = [
-            self.image_processor.count_tokens(row, budget)
-            for row, budget in zip(visuals, budgets, strict=True)
-        ]
-        with_bos = [options.add_special_tokens or text.startswith(bos) for text in texts]
+        sampling = {name: sampling[name] for name in ("fps", "num_frames")}
+        visuals = [self.image_processor.load(row, **sampling) for row in media]
+        hd_num = options["images_kwargs"]["hd_num"]
+        budgets = [hd_num or self.image_processor.default_hd_num(len(row)) for row in visuals]
+        lengths = [count_tokens(self.image_processor, *row) for row in zip(visuals, budgets, strict=True)]
+        with_bos = [text_options["add_special_tokens"] or text.startswith(bos) for text in texts]
         rows = [self._encode(*row) for row in zip(pieces, lengths, with_bos, strict=True)]
-        outputs = self._pad(rows, options)
+        outputs = self._pad(rows, text_options)
         if any(visuals):
             outputs |= self._pixels(visuals, budgets)
-        batch = BatchFeature(outputs, tensor_type=options.return_tensors)
-        if options.return_text_replacement_offsets:
+        batch = BatchFeature(outputs, tensor_type=text_options.get("return_tensors"))
+        if text_options.get("return_text_replacement_offsets"):
             batch["text_replacement_offsets"] = [
                 self._offsets(*row) for row in zip(texts, lengths, strict=True)
             ]
@@ -253,24 +351,24 @@ class InternLMXComposer2Processor(ProcessorMixin):
             )
         return prompt.ids
 
-    def _pad(self, rows: list[list[int]], options: ProcessingOptions) -> dict[str, list[list[int]]]:
+    def _pad(self, rows: list[list[int]], options: dict) -> dict[str, list[list[int]]]:
         """Rows of ids -> `input_ids` and `attention_mask` of one length."""
-        longest = max(map(len, rows))
-        if options.max_length is not None and longest > options.max_length:
+        longest, max_length = max(map(len, rows)), options.get("max_length")
+        if max_length is not None and longest > max_length:
             raise ValueError(
-                f"a text has {longest} tokens with its pictures but max_length is {options.max_length}; "
+                f"a text has {longest} tokens with its pictures but max_length is {max_length}; "
                 "raise it, shorten the text or lower hd_num"
             )
         padded = self.tokenizer.pad(
             {"input_ids": rows},
-            padding=options.padding,
-            max_length=options.max_length,
-            pad_to_multiple_of=options.pad_to_multiple_of,
-            padding_side=options.padding_side,
+            padding=options["padding"],
+            max_length=max_length,
+            pad_to_multiple_of=options.get("pad_to_multiple_of"),
+            padding_side=options["padding_side"],
             return_attention_mask=True,
         )
         outputs = {name: padded[name] for name in ("input_ids", "attention_mask")}
-        if options.return_mm_token_type_ids:
+        if options.get("return_mm_token_type_ids"):
             outputs["mm_token_type_ids"] = self.create_mm_token_type_ids(outputs["input_ids"])
         return outputs
 
@@ -307,7 +405,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
             image_inputs: the outputs of the image processor.
         """
         rows, cols = (int(count) for count in image_inputs["image_grid_hw"][image_idx])
-        return self.image_piece * self.image_processor.num_tokens(rows, cols)
+        return self.image_piece * self.image_processor.num_image_tokens(rows, cols)
 
     def _offsets(self, text: str, lengths: list[int]) -> list[dict]:
         """Where each mark of a text stands, and where what replaces it stands in the text without marks."""
@@ -342,11 +440,11 @@ class InternLMXComposer2Processor(ProcessorMixin):
         if image_sizes is not None:
             budget = hd_num or count.default_hd_num(len(image_sizes))
             grids = [grid_of_image(count, height, width, budget) for height, width in image_sizes]
-            counts["num_image_tokens"] = [count.num_tokens(*grid) for grid in grids]
+            counts["num_image_tokens"] = [count.num_image_tokens(*grid) for grid in grids]
             counts["num_image_patches"] = [count.num_tiles(*grid) for grid in grids]
         if video_sizes is not None:
             grids = [grid_of_frames(count, [(height, width)] * num) for num, height, width in video_sizes]
-            counts["num_video_tokens"] = [count.num_tokens(*grid) for grid in grids]
+            counts["num_video_tokens"] = [count.num_image_tokens(*grid) for grid in grids]
         return MultiModalData(**counts)
 
     # ---- ids to text ----

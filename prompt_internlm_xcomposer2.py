@@ -1,12 +1,36 @@
-"""Turns, system text and pictures -> the token ids of a prompt, by the rules of each version. No tensors."""
+"""What a prompt is: turns, system text and pictures -> checked ids, by the rules of each version.
 
+Functions of a configuration, a tokenizer and what a caller passed. `plan_chat` and `plan_conversation` make
+every check and read every picture, but cut none; `batch_inputs` turns their prompts into tensors. Whoever
+answers a prompt, the model in this package or another engine, begins here.
+"""
+
+import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-BEGIN_OF_TURN = "[UNUSED_TOKEN_146]"
-END_OF_TURN = "[UNUSED_TOKEN_145]"
-IMAGE_MARK = "<ImageHere>"
+import torch
+from transformers import BatchEncoding
+
+from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
+from .image_processing_internlm_xcomposer2 import (
+    Visual,
+    as_visuals,
+    count_tokens,
+    default_hd_num,
+    load_media,
+    prepare_visuals,
+)
+from .ixc_utils import Font, check_hd_num
+from .media_internlm_xcomposer2 import MediaSource, Medium, as_source, flatten_images, flatten_videos
+from .tokenization_internlm_xcomposer2 import (
+    BEGIN_OF_TURN,
+    END_OF_TURN,
+    IMAGE_MARK,
+    REWARD_MARK,
+    VIDEO_MARK,
+)
 
 # The published system text; 2.5 uses it only on request, 2 and 4KHD always.
 META_INSTRUCTION = (
@@ -19,8 +43,21 @@ META_INSTRUCTION = (
     "based on the provided image."
 )
 
+# Kinds of content that carry media: what they are, and under which keys they may say where it is.
+MEDIA_PARTS = {
+    "image": ("image", ("image", "url", "path", "base64")),
+    "image_url": ("image", ("image_url",)),
+    "video": ("video", ("video", "url", "path", "base64")),
+    "video_url": ("video", ("video_url",)),
+}
+
+ROLES = ("system", "user", "assistant")
 
 History = Sequence[tuple[str, str]]
+Conversation = Sequence[Mapping]
+
+
+# ---- turns ----
 
 
 @dataclass(frozen=True)
@@ -107,7 +144,7 @@ def check_turns(query: str, history: History | None) -> list[tuple[str, str]]:
     """The history as a list of pairs of text.
 
     Raises:
-        TypeError: the question is no text, or the history no list of (question, answer).
+        TypeError: the question is not a text, or the history not a list of (question, answer).
     """
     if not isinstance(query, str):
         raise TypeError(f"query must be a str, not {type(query).__name__}")
@@ -138,3 +175,417 @@ def check_length(num_tokens: int, image_lengths: list[int], config, hd_num: int 
         f"the prompt has {num_tokens} tokens, {sum(image_lengths)} of them for "
         f"{len(image_lengths)} pictures, but the context holds {limit}; {remedy}"
     )
+
+
+# ---- checked prompts ----
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A prompt that is checked and counted, whose pictures are not cut yet.
+
+    Attributes:
+        penalise_prompt: whether the repetition penalty sees the prompt, as in the published text-only form.
+    """
+
+    ids: list[int]
+    is_image: list[bool]
+    visuals: tuple[Visual, ...] = ()
+    lengths: tuple[int, ...] = ()
+    hd_num: int = 1
+    penalise_prompt: bool = False
+
+    def spans(self) -> list[tuple[int, int]]:
+        """(first, behind the last) position of each picture's tokens."""
+        spans, position = [], 0
+        for length in self.lengths:
+            start = self.is_image.index(True, position)
+            position = start + length
+            spans.append((start, position))
+        return spans
+
+    def tokens(self, identities: Sequence[Hashable]) -> list[Hashable]:
+        """What stands at each position: ids, and for image tokens the identity of their picture."""
+        tokens: list[Hashable] = list(self.ids)
+        for (start, stop), identity in zip(self.spans(), identities, strict=True):
+            tokens[start:stop] = [identity] * (stop - start)
+        return tokens
+
+
+def plan_chat(
+    config: InternLMXcomposer2Config,
+    tokenizer,
+    query: str,
+    image: object,
+    hd_num: int | None = None,
+    history: History = (),
+    meta_instruction: str | None = "",
+) -> ChatPrompt:
+    """A question with its pictures and earlier turns, with all checks made; pictures are read, but not cut.
+
+    Args:
+        image: pictures and videos as `chat` takes them; `None` for the published text-only form.
+        hd_num: local tiles that a picture may be cut into, `default_hd_num` by default.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: anything wrong with the arguments, or too long.
+    """
+    if hd_num is not None:
+        check_hd_num(hd_num)
+    text = format_prompt(query, history, meta_instruction)
+    if image is None or (config.version != "2.5" and isinstance(image, list | tuple) and not image):
+        place_images(text, 0, version=config.version)
+        ids = text_only_ids(tokenizer, text)["input_ids"][0]
+        check_length(len(ids), [], config)
+        return ChatPrompt(ids, [False] * len(ids), penalise_prompt=True)
+    visuals = as_visuals(image, config)
+    return _plan(config, tokenizer, text, visuals, hd_num, bos_rule=config.version)
+
+
+def plan_conversation(
+    config: InternLMXcomposer2Config,
+    tokenizer,
+    messages: Conversation,
+    image: object = (),
+    hd_num: int | None = None,
+    max_length: int | None = None,
+) -> ChatPrompt:
+    """A conversation that is to be scored, as `plan_chat` plans a question.
+
+    Args:
+        messages: dicts of `role` and `content`, the last of them an answer.
+        image: its pictures and videos, unless they are parts of the content.
+        max_length: an error for a longer conversation; the decoder's context by default.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: anything wrong with the arguments, or too long.
+    """
+    if hd_num is not None:
+        check_hd_num(hd_num)
+    text, media = format_conversation(messages)
+    text += f"{tokenizer.eos_token}{reward_mark(tokenizer)}"
+    # BOS stands once, as in the training of every version.
+    prompt = _plan(config, tokenizer, text, _visuals_of(media, image, config), hd_num, bos_rule="2.5")
+    if max_length is not None and len(prompt.ids) > max_length:
+        raise ValueError(
+            f"the conversation has {len(prompt.ids)} tokens, {sum(prompt.lengths)} of them for "
+            f"{len(prompt.visuals)} pictures, but max_length is {max_length}; raise it, lower hd_num or "
+            "shorten the conversation"
+        )
+    return prompt
+
+
+def _plan(
+    config: InternLMXcomposer2Config,
+    tokenizer,
+    text: str,
+    visuals: Sequence[Visual],
+    hd_num: int | None,
+    *,
+    bos_rule: str,
+) -> ChatPrompt:
+    """A text with its pictures -> ids, after checking that they fit the context."""
+    hd_num = default_hd_num(config, len(visuals)) if hd_num is None else hd_num
+    texts = place_images(text, len(visuals), version=config.version)
+    lengths = count_tokens(config, visuals, hd_num)
+    piece = config.image_token_id
+    prompt = encode_prompt(tokenizer, texts, lengths, version=bos_rule, image_token_id=piece)
+    num_text = len(prompt.ids) - sum(lengths)
+    check_length(
+        len(prompt.ids),
+        lengths,
+        config,
+        hd_num,
+        count=lambda budget: num_text + sum(count_tokens(config, visuals, budget)),
+    )
+    return ChatPrompt(prompt.ids, prompt.is_image, tuple(visuals), tuple(lengths), hd_num)
+
+
+def text_only_ids(tokenizer, prompt: str, **kwargs) -> BatchEncoding:
+    """The published text-only form of a prompt, in which BOS stands twice: (1, tokens) ids and mask."""
+    return tokenizer([f"{tokenizer.bos_token}{prompt}"], **kwargs)
+
+
+def batch_inputs(
+    config: InternLMXcomposer2Config,
+    prompts: Sequence[ChatPrompt],
+    *,
+    pad_token_id: int = 0,
+    num_cached: int = 0,
+    font: Font | None = None,
+    device: torch.device | None = None,
+) -> dict:
+    """Prompts -> tensors, padded on the left.
+
+    Args:
+        num_cached: how many first tokens are computed already; only pictures behind them are cut.
+        font: of the labels in videos.
+
+    Returns:
+        `input_ids` (prompts, tokens), and where there is something to say `attention_mask` and `im_mask` of
+        the same shape, `pixel_values` (tiles, 3, side, side) and `image_grid_hw` (pictures, 2), and
+        `penalise_prompt`, a list.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    pads = [longest - len(prompt.ids) for prompt in prompts]
+    rows = [[pad_token_id] * pad + prompt.ids for pad, prompt in zip(pads, prompts, strict=True)]
+    inputs = {"input_ids": torch.tensor(rows, device=device)}
+    if any(prompt.penalise_prompt for prompt in prompts):
+        inputs["penalise_prompt"] = [prompt.penalise_prompt for prompt in prompts]
+    if any(pads):
+        mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
+        inputs["attention_mask"] = torch.tensor(mask, device=device)
+    wanted = [
+        (visual, prompt.hd_num)
+        for prompt in prompts
+        for visual, (start, _) in zip(prompt.visuals, prompt.spans(), strict=True)
+        if start >= num_cached
+    ]
+    if wanted:
+        visuals, budgets = zip(*wanted, strict=True)
+        names = ("pixel_values", "image_grid_hw")
+        inputs |= zip(names, prepare_visuals(visuals, config, budgets, font=font), strict=True)
+    if any(prompt.visuals for prompt in prompts):
+        masks = [[False] * pad + prompt.is_image for pad, prompt in zip(pads, prompts, strict=True)]
+        inputs["im_mask"] = torch.tensor(masks, device=device)
+    return inputs
+
+
+def system_text(version: str, use_meta: bool | None, meta_instruction: str | None) -> str:
+    """The system text if it is wanted; 2.5 leaves it out unless asked."""
+    use_meta = version != "2.5" if use_meta is None else use_meta
+    return (meta_instruction or "") if use_meta else ""
+
+
+def stop_token_ids(tokenizer) -> list[int]:
+    """`</s>` and the end of a turn."""
+    return [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
+
+
+def check_tokenizer(config: InternLMXcomposer2Config, tokenizer) -> None:
+    """Raise `ValueError` unless the tokenizer's vocabulary is the model's."""
+    if tokenizer is None:
+        raise ValueError("no tokenizer: pass one, or set model.tokenizer")
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        raise TypeError(f"the tokenizer is a {type(tokenizer).__name__}; load it with AutoTokenizer")
+    rows = config.text_config.vocab_size
+    if rows not in (tokenizer.vocab_size, len(tokenizer)) and len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} pieces but the model {rows}; load the tokenizer that "
+            "lies beside the checkpoint"
+        )
+    end, expected = tokenizer.convert_tokens_to_ids(END_OF_TURN), config.end_token_id
+    if end in (None, tokenizer.unk_token_id):
+        raise ValueError(f"the tokenizer has no piece {END_OF_TURN}, which ends every turn of these models")
+    if expected < rows and end != expected:
+        raise ValueError(
+            f"the tokenizer's id of {END_OF_TURN} is {end} but the model's is {expected}; load the "
+            "tokenizer that lies beside the checkpoint"
+        )
+
+
+# ---- conversations that are to be scored ----
+
+
+def format_conversation(messages: Conversation) -> tuple[str, list[Medium]]:
+    """A conversation that ends in the answer to be scored -> its turns as text, and media in its content.
+
+    Args:
+        messages: dicts of `role` and `content`, a text or a list of parts as in a chat template; a picture
+            that is passed apart from the messages is `<ImageHere>` or `{"type": "image"}` there.
+
+    Raises:
+        TypeError, ValueError: no messages, an unknown role, or the last message is not an answer.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise TypeError(f"a conversation is a list of at least one message, not {messages!r:.80}")
+    rendered, media = read_messages(messages, need_sources=False)
+    if unknown := [message["role"] for message in rendered if message["role"] not in ROLES]:
+        raise ValueError(f"unknown role {unknown[0]!r}; it is one of {', '.join(ROLES)}")
+    if rendered[-1]["role"] != "assistant":
+        raise ValueError(
+            f"the last message is of {rendered[-1]['role']!r}; it must be the answer that is scored, of "
+            "'assistant'"
+        )
+    turns = [format_turn(message["role"], _text_of(message["content"])) for message in rendered]
+    return "".join(turns), media
+
+
+def _text_of(content: str | list[dict]) -> str:
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return "".join(part["text"] if part["type"] == "text" else IMAGE_MARK for part in parts).strip()
+
+
+def reward_mark(tokenizer) -> str:
+    """The piece that ends a conversation behind `</s>`, at which its score is read.
+
+    It is `[UNUSED_TOKEN_130]`, and the end of a turn in a vocabulary that has no such piece, such as nano's.
+    """
+    known = tokenizer.convert_tokens_to_ids(REWARD_MARK) not in (None, tokenizer.unk_token_id)
+    return REWARD_MARK if known else END_OF_TURN
+
+
+def _visuals_of(media: list[Medium], image: object, config: InternLMXcomposer2Config) -> list[Visual]:
+    """The pictures of a conversation, which are in its messages or apart from them, not both."""
+    apart = (
+        [] if image is None or (isinstance(image, list | tuple) and not image) else as_visuals(image, config)
+    )
+    if media and apart:
+        raise ValueError(
+            f"the messages hold {len(media)} pictures and {len(apart)} more were given; pass them in one way"
+        )
+    return load_media(media, config) or apart
+
+
+# ---- messages ----
+
+
+def split_conversations(conversation: Sequence) -> tuple[list[list[dict]], bool]:
+    """One conversation or several -> a list of conversations, and whether there were several.
+
+    Raises:
+        TypeError, ValueError: something that is not a list of messages, or an empty one.
+    """
+    if hasattr(conversation, "messages"):
+        conversation = conversation.messages
+    if not isinstance(conversation, list | tuple):
+        raise TypeError(f"a conversation is a list of messages, not {type(conversation).__name__}")
+    if not conversation:
+        raise ValueError("the conversation is empty: it needs at least one message")
+    is_batch = isinstance(conversation[0], list | tuple) or hasattr(conversation[0], "messages")
+    if not is_batch:
+        return [list(conversation)], False
+    return [split_conversations(item)[0][0] for item in conversation], True
+
+
+def read_messages(messages: Sequence[Mapping], *, need_sources: bool) -> tuple[list[dict], list[Medium]]:
+    """A conversation as a chat template reads it, media left out, and its media in their order.
+
+    Args:
+        need_sources: False allows `{"type": "image"}` alone, a mark for a picture that comes later.
+
+    Raises:
+        TypeError, ValueError: a message without a role, content of an unknown type, or not one source.
+    """
+    rendered, media = [], []
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise TypeError(f"a message is a dict with a role and content, not {_shorten(message)}")
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            parts = [_read_part(part, need_sources) for part in content]
+            media += [medium for _, medium in parts if medium is not None]
+            content = [part for part, _ in parts]
+        elif content is not None and not isinstance(content, str):
+            raise TypeError(f"the content of a message is a text or a list, not {type(content).__name__}")
+        rendered.append({**message, "content": "" if content is None else content})
+    return rendered, media
+
+
+def _read_part(part: Mapping, need_source: bool) -> tuple[dict, Medium | None]:
+    """One item of a message's content, without its medium, and that medium."""
+    if not isinstance(part, Mapping) or "type" not in part:
+        raise TypeError(f"content is made of dicts with a type, not {_shorten(part)}")
+    kind = part["type"]
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise TypeError(f"content of type 'text' needs a text, not {_shorten(part.get('text'))}")
+        return dict(part), None
+    if kind not in MEDIA_PARTS:
+        raise ValueError(
+            f"unknown content type {kind!r}; these models read text, {', '.join(sorted(MEDIA_PARTS))}"
+        )
+    name, keys = MEDIA_PARTS[kind]
+    sources = [(key, part[key]) for key in keys if part.get(key) is not None]
+    if len(sources) > 1:
+        raise ValueError(f"content of type {kind!r} has {len(sources)} sources, {_names(sources)}; keep one")
+    if not sources and need_source:
+        raise ValueError(f"content of type {kind!r} has no source; put it under {' or '.join(keys)}")
+    medium = Medium(name == "video", _source_of(*sources[0])) if sources else None
+    return {"type": name}, medium
+
+
+def _source_of(key: str, value: object) -> MediaSource | Sequence[MediaSource]:
+    """What stands under a key of a part, ready to be loaded."""
+    if isinstance(value, Mapping):  # OpenAI: {"image_url": {"url": ...}}
+        if not isinstance(value.get("url"), str):
+            raise TypeError(f"{key} needs a url, got {_shorten(value)}")
+        value = value["url"]
+    if key == "base64" and isinstance(value, str) and not value.startswith("data:"):
+        return f"data:;base64,{value}"
+    return as_source(value)
+
+
+def _names(sources: Sequence[tuple[str, object]]) -> str:
+    return " and ".join(key for key, _ in sources)
+
+
+def _shorten(value: object) -> str:
+    return f"{value!r:.80}"
+
+
+# ---- texts with lists of media ----
+
+
+def pair_media(
+    texts: Sequence[str], images: object, videos: object, *, allow_unmarked: bool
+) -> tuple[list[str], list[list[Medium]]]:
+    """Texts in which every medium has an `IMAGE_MARK`, and the media of each in the order of their marks.
+
+    Args:
+        images: nothing, one picture, a list that the marks take in order, or a list for each text.
+        videos: nothing, one video, or a list of them; a list of frames is a video.
+        allow_unmarked: a text without any mark may have one picture.
+
+    Raises:
+        ValueError: marks and media differ in number, or a text doesn't say which mark is a video's.
+    """
+    row_lengths = _row_lengths(images)
+    images = [] if images is None else [Medium(False, item) for item in flatten_images(images)]
+    videos = None if videos is None else [Medium(True, item) for item in flatten_videos(videos)]
+    if videos is not None and not any(VIDEO_MARK in text for text in texts):
+        if images:
+            raise ValueError(f"with pictures and videos, the text marks each video by {VIDEO_MARK}")
+        return list(texts), _distribute(videos, texts, IMAGE_MARK, None, allow_unmarked)
+    rows = _distribute(images, texts, IMAGE_MARK, row_lengths, allow_unmarked and not videos)
+    if not videos:
+        return list(texts), rows
+    video_rows = _distribute(videos, texts, VIDEO_MARK, None, False)
+    merged = [_merge(*row) for row in zip(texts, rows, video_rows, strict=True)]
+    return [text.replace(VIDEO_MARK, IMAGE_MARK) for text in texts], merged
+
+
+def _merge(text: str, images: list[Medium], videos: list[Medium]) -> list[Medium]:
+    """Pictures and videos of one text in the order of their marks."""
+    kinds = re.findall(f"{re.escape(IMAGE_MARK)}|{re.escape(VIDEO_MARK)}", text)
+    iterators = {IMAGE_MARK: iter(images), VIDEO_MARK: iter(videos)}
+    return [next(iterators[kind]) for kind in kinds]
+
+
+def _distribute(
+    media: list[Medium], texts: Sequence[str], mark: str, lengths: list[int] | None, allow_unmarked: bool
+) -> list[list[Medium]]:
+    """Give each text its media: as many as `lengths` says, else as it has marks."""
+    marks, kind = [text.count(mark) for text in texts], "pictures" if mark == IMAGE_MARK else "videos"
+    if lengths is not None and len(lengths) != len(texts):
+        raise ValueError(f"there are {len(texts)} texts but {len(lengths)} lists of pictures")
+    if lengths is None and not any(marks) and allow_unmarked and len(media) == len(texts):
+        lengths = [1] * len(texts)  # one each, and no text says where
+    wanted = marks if lengths is None else lengths
+    for number, (count, given) in enumerate(zip(marks, wanted, strict=True), 1):
+        if count != given and not (allow_unmarked and count == 0 and given == 1):
+            raise ValueError(f"text {number} has {count} {mark} marks but {given} {kind} were given for it")
+    if sum(wanted) != len(media):
+        raise ValueError(
+            f"{len(texts)} texts have {sum(wanted)} {mark} marks but {len(media)} {kind} were given; put one "
+            "mark where each belongs"
+        )
+    remaining = iter(media)
+    return [[next(remaining) for _ in range(count)] for count in wanted]
+
+
+def _row_lengths(images: object) -> list[int] | None:
+    """How many pictures each text has, where they come in a list for each text."""
+    if isinstance(images, list | tuple) and images and all(isinstance(item, list | tuple) for item in images):
+        return [len(item) for item in images]
+    return None

@@ -4,8 +4,9 @@ Two vocabularies go through the same class: the one of the published checkpoints
 `<s>` 1, `</s>` 2, `[UNUSED_TOKEN_145]` 92542, `[UNUSED_TOKEN_146]` 92543) and the small one of the nano
 checkpoint, whose ids differ. So no id stands in this file: every piece is looked up by its name.
 
-The markup of turns is made of ordinary pieces. sentencepiece matches them whole, decoding shows them, and
-`skip_special_tokens` leaves them where they are; only `<s>`, `</s>` and `<unk>` are special.
+The markup of turns, whose only place is here, is made of ordinary pieces. sentencepiece matches them whole,
+decoding shows them, and `skip_special_tokens` leaves them where they are; only `<s>`, `</s>` and `<unk>` are
+special.
 """
 
 import os
@@ -21,6 +22,10 @@ from transformers import AddedToken, PreTrainedTokenizer
 BEGIN_OF_TURN = "[UNUSED_TOKEN_146]"
 END_OF_TURN = "[UNUSED_TOKEN_145]"
 IMAGE_MARK = "<ImageHere>"
+# In a text with pictures and videos, this marks the videos; wherever there are only videos, either mark does.
+VIDEO_MARK = "<VideoHere>"
+# What stands behind a conversation that is to be scored.
+REWARD_MARK = "[UNUSED_TOKEN_130]"
 SPECIAL_PIECES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 TURNS_TEMPLATE = (
@@ -123,6 +128,7 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
         """Special tokens and tokens added later with their ids, in the order of the ids."""
         return self.added_tokens_encoder
 
+    # The one private name that another part of the library asks for (docs/compatibility.md).
     @property
     def _tokenizer(self) -> Tokenizer:
         """The vocabulary for `tokenizers.decoders.DecodeStream`, by which `transformers serve` streams.
@@ -155,9 +161,10 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
         return "".join(self._parts_of_text(tokens))
 
     def _parts_of_text(self, tokens: list[str]) -> Iterator[str]:
-        specials = set(self.special_tokens_map.values())
+        kinds = dict.fromkeys(self.added_tokens_encoder, "added")
+        kinds |= dict.fromkeys(self.special_tokens_map.values(), "special")
         text = ""
-        for kind, run in groupby(tokens, key=lambda token: self._kind_of_token(token, specials)):
+        for kind, run in groupby(tokens, key=lambda token: kinds.get(token, "piece")):
             names = list(run)
             if kind == "special":
                 yield " " + text + "".join(names)
@@ -165,11 +172,6 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
             else:
                 text += "".join(names) if kind == "added" else self.sp_model.decode_pieces(names)
         yield text
-
-    def _kind_of_token(self, token: str, specials: set[str]) -> str:
-        if token in specials:
-            return "special"
-        return "added" if token in self._added_tokens_encoder else "piece"
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -236,7 +238,7 @@ def _load_model(
         model = sentencepiece.SentencePieceProcessor(model_proto=content, **options)
     except RuntimeError as error:
         raise ValueError(
-            f"{vocab_file} ({len(content)} bytes) is no sentencepiece model; "
+            f"{vocab_file} ({len(content)} bytes) is not a sentencepiece model; "
             "it may be truncated or a Git LFS pointer: download it again"
         ) from error
     _require_pieces(model, vocab_file, specials)

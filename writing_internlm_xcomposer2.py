@@ -1,22 +1,26 @@
-"""`write_artical` and the three page writers: long answers with the task adapters of version 2.5."""
+"""Articles and pages: long answers with the task adapters of version 2.5, and what is made of their text."""
 
 import contextlib
+import functools
+import inspect
 import os
-from collections.abc import Iterator, Sequence
+import re
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
-from .prompt_internlm_xcomposer2 import BEGIN_OF_TURN, END_OF_TURN, IMAGE_MARK, META_INSTRUCTION
-from .webpage_internlm_xcomposer2 import (
-    check_image_links,
-    merge_scripts,
-    page_path,
-    read_resume,
-    rewrite_image_links,
-    save_page,
+from .prompt_internlm_xcomposer2 import (
+    META_INSTRUCTION,
+    check_tokenizer,
+    plan_chat,
+    stop_token_ids,
+    system_text,
 )
+from .tokenization_internlm_xcomposer2 import BEGIN_OF_TURN, END_OF_TURN, IMAGE_MARK
 
 logger = logging.get_logger(__name__)
 
@@ -27,6 +31,59 @@ NO_SEED = -1
 PERSONAL_PAGE_PROMPT = " Generate a personal page using the content in the resume:"
 JAVASCRIPT_PROMPT = " Generate JavaScript events for the html code:"
 SCREENSHOT_PROMPT = " Generate the HTML code of this web image with Tailwind CSS."
+
+# Where links to random pictures lead. The models write those of a service that has closed.
+IMAGE_SERVICES = {
+    "picsum": r"https://picsum.photos/\g<width>/\g<height>",
+    "placehold": r"https://placehold.co/\g<width>x\g<height>",
+    "keep": r"\g<0>",
+}
+_RANDOM_PICTURE = r"https?://source\.unsplash\.com/random/(?P<width>\d+)x(?P<height>\d+)"
+# Search words end where the link does. Within quotes they may hold blanks, but a `srcset` goes on after one.
+_QUOTED_WORDS = r"(?:(?!(?P=quote)|\s(?:[\d.]+[wx]\b|https?:))[^<>\n])*(?=(?P=quote))"
+_BARE_WORDS = r"""(?:(?!&quot;|&\#)[^\s"'<>()`\\])*(?<![,.;])"""
+_QUOTED_LINK = re.compile(rf"""(?<=(?P<quote>["'])){_RANDOM_PICTURE}/?\?{_QUOTED_WORDS}""")
+_BARE_LINK = re.compile(rf"{_RANDOM_PICTURE}(?:/?\?{_BARE_WORDS}|(?![\w/?-])|/(?![\w?-]))")
+
+_SCRIPT = re.compile(
+    r"<script\b(?P<attributes>[^>]*)>(?P<body>.*?)(?P<end></script\s*>|\Z)", re.DOTALL | re.IGNORECASE
+)
+_OTHER_LANGUAGE = re.compile(
+    r"""(?<![\w-])type\s*=\s*["']?(?!["']|module\b|(?:text|application)/(?:java|ecma)script)\w""",
+    re.IGNORECASE,
+)
+_SOURCE = re.compile(r"(?<![\w-])src\s*=", re.IGNORECASE)
+_PAGE_END = re.compile(r"</html\s*>", re.IGNORECASE)
+_FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+MAX_RESUME_BYTES = 4 << 20  # several times what the longest context holds
+MAX_NAME_BYTES = 255  # of common file systems
+_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
+_DEVICES = frozenset(
+    ["CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))]
+)
+
+
+def takes_arguments_of(method: Callable, **defaults: object) -> Callable[[Callable], Callable]:
+    """Let a method take the arguments of another, in the same order, with other defaults for some of them.
+
+    The method itself gets them all by name.
+    """
+    parameters = inspect.signature(method).parameters.values()
+    signature = inspect.Signature([p.replace(default=defaults.get(p.name, p.default)) for p in parameters])
+
+    def decorate(decorated: Callable) -> Callable:
+        @functools.wraps(decorated)
+        def call(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            named = dict(bound.arguments)
+            return decorated(**{**named, **named.pop("kwargs")})
+
+        call.__signature__ = signature
+        return call
+
+    return decorate
 
 
 class WritingMixin:
@@ -142,93 +199,43 @@ class WritingMixin:
         )
         return _finish_page(page, image_links, path)
 
-    def resume_2_webpage(
-        self,
-        inst: str | os.PathLike,
-        image=(),
-        max_new_tokens: int = 4800,
-        do_sample: bool = True,
-        num_beams: int = 2,
-        temperature: float = 1.0,
-        repetition_penalty: float = 3.0,
-        seed: int = NO_SEED,
-        use_meta: bool = False,
-        task: str = "Resume-to-Personal Page",
-        *,
-        image_links: str = "picsum",
-        output_dir: str | os.PathLike | None = None,
-        save: bool = True,
-        **kwargs,
-    ) -> str:
+    @takes_arguments_of(write_webpage, task="Resume-to-Personal Page")
+    def resume_2_webpage(self, inst, image, task, image_links, output_dir, save, **settings) -> str:
         """Make a personal page of a resume in two steps, its HTML and then its JavaScript.
+
+        The arguments are those of `write_webpage`, but for these.
 
         Args:
             inst: the path of a Markdown file in UTF-8.
             image: pictures for the first step.
-            seed: as in `write_artical`, set before each of the two steps.
-            task, image_links, output_dir, save, kwargs: as in `write_webpage`.
+            seed: set before each of the two steps.
 
         Raises:
             ValueError, TypeError, OSError: as `write_webpage`, and for a file that can't be read.
         """
         path = _plan_page(task, image_links, output_dir, save)
-        arguments = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": do_sample,
-            "num_beams": num_beams,
-            "temperature": temperature,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "use_meta": use_meta,
-            "image_links": "keep",
-            "save": False,
-            **kwargs,
-        }
-        html = self.write_webpage(f"{PERSONAL_PAGE_PROMPT}{read_resume(inst)}", image, **arguments)
+        settings |= {"image_links": "keep", "save": False}
+        html = self.write_webpage(f"{PERSONAL_PAGE_PROMPT}{read_resume(inst)}", image, **settings)
         # The answer is text, even where it happens to hold the mark of a picture.
-        answer = self.write_webpage(f"{JAVASCRIPT_PROMPT}{html.replace(IMAGE_MARK, '')}", **arguments)
+        answer = self.write_webpage(f"{JAVASCRIPT_PROMPT}{html.replace(IMAGE_MARK, '')}", **settings)
         return _finish_page(merge_scripts(html, answer), image_links, path)
 
-    def screen_2_webpage(
-        self,
-        inst: str | None,
-        image=(),
-        max_new_tokens: int = 4800,
-        do_sample: bool = True,
-        num_beams: int = 2,
-        temperature: float = 1.0,
-        repetition_penalty: float = 3.0,
-        seed: int = NO_SEED,
-        use_meta: bool = False,
-        task: str = "Screenshot-to-Webpage",
-        **kwargs,
-    ) -> str:
+    @takes_arguments_of(write_webpage, task="Screenshot-to-Webpage")
+    def screen_2_webpage(self, inst, image, **settings) -> str:
         """Write the HTML of a page that looks like a screenshot.
+
+        The arguments are those of `write_webpage`, but for these.
 
         Args:
             inst: ignored; the models know one instruction for this.
             image: the screenshot, as in `chat`.
-            seed: as in `write_artical`.
-            task, kwargs: as in `write_webpage`, with its `image_links`, `output_dir` and `save`.
 
         Raises:
             ValueError, TypeError, OSError: as `write_webpage`, and where there is no picture.
         """
         if image is None or (isinstance(image, list | tuple) and not image):
             raise ValueError("screen_2_webpage needs a picture; pass the screenshot as image")
-        return self.write_webpage(
-            SCREENSHOT_PROMPT,
-            image,
-            max_new_tokens,
-            do_sample,
-            num_beams,
-            temperature,
-            repetition_penalty,
-            seed,
-            use_meta,
-            task,
-            **kwargs,
-        )
+        return self.write_webpage(SCREENSHOT_PROMPT, image, **settings)
 
     @torch.no_grad()
     def _write(
@@ -248,36 +255,35 @@ class WritingMixin:
     ) -> str:
         """The answer to one turn, without markup."""
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
-        self._check_writing(
-            query, infer_mode, seed, tokenizer, {"max_new_tokens": max_new_tokens, **generate_kwargs}
-        )
-        inputs = self.prepare_chat(
+        if not isinstance(query, str):
+            raise TypeError(f"inst must be a str, not {type(query).__name__}")
+        check_seed(seed)
+        check_tokenizer(self.config, tokenizer)
+        settings = {
+            "eos_token_id": stop_token_ids(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "infer_mode": infer_mode,
+            "max_new_tokens": max_new_tokens,
+            **generate_kwargs,
+        }
+        self._check_settings(settings)
+        prompt = plan_chat(
+            self.config,
             tokenizer,
             query,
             [] if image is None else image,
             WRITING_TILES if hd_num is None else hd_num,
-            [],
-            (meta_instruction or "") if use_meta else "",
+            meta_instruction=system_text(self.config.version, bool(use_meta), meta_instruction),
         )
         if max_length is not None:
-            max_new_tokens = answer_budget(inputs["input_ids"].shape[1], max_length, max_new_tokens)
-        stops = {"eos_token_id": self.stop_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+            settings["max_new_tokens"] = answer_budget(len(prompt.ids), max_length, max_new_tokens)
         with seeded_generators(seed):
-            sequences = self._generate_answer(
-                inputs, infer_mode=infer_mode, max_new_tokens=max_new_tokens, **{**stops, **generate_kwargs}
-            )
-        text = tokenizer.decode(sequences[0].tolist(), skip_special_tokens=True)
+            ((ids,), _) = self._answer([prompt], settings)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
         return text.replace(END_OF_TURN, "").replace(BEGIN_OF_TURN, "")
 
-    def _check_writing(
-        self, query: str, infer_mode: str, seed: int, tokenizer, generate_kwargs: dict
-    ) -> None:
-        """Raise `ValueError` or `TypeError` for what is wrong whatever the prompt becomes."""
-        if not isinstance(query, str):
-            raise TypeError(f"inst must be a str, not {type(query).__name__}")
-        self._check_settings({"infer_mode": infer_mode, **generate_kwargs})
-        check_seed(seed)
-        self.check_tokenizer(tokenizer)
+
+# ---- drawing ----
 
 
 def answer_budget(num_prompt: int, max_length: int, max_new_tokens: int | None = None) -> int:
@@ -345,3 +351,175 @@ def _finish_page(page: str, image_links: str, path: Path | None) -> str:
     if path is not None:
         save_page(page, path)
     return page
+
+
+# ---- files ----
+
+
+def page_path(task: str, output_dir: str | os.PathLike | None = None) -> Path:
+    """Where a task's page goes: `<task>.html`, blanks as underscores, in the working directory by default.
+
+    Raises:
+        TypeError: the name is not a text.
+        ValueError: the name is empty, too long, reserved, or could lead out of the directory.
+        OSError: the directory is missing or can't be written to, or a directory bears the file's name.
+    """
+    if not isinstance(task, str):
+        raise TypeError(f"task must be a str, not {type(task).__name__}")
+    if not task.strip(" .") or _FORBIDDEN.search(task) or task.split(".")[0].strip().upper() in _DEVICES:
+        raise ValueError(
+            f"task {task!r:.80} can't name a file; use words without separators, and output_dir for the place"
+        )
+    name = f"{task.replace(' ', '_')}.html"
+    num_bytes = len(name.encode("utf-8"))
+    if num_bytes > MAX_NAME_BYTES:
+        raise ValueError(f"task gives a file name of {num_bytes} bytes, more than {MAX_NAME_BYTES}")
+    path = _writable_directory(output_dir) / name
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; use another task or output_dir")
+    return path
+
+
+def _writable_directory(output_dir: str | os.PathLike | None) -> Path:
+    """The absolute directory, after trying it with a file that leaves no trace."""
+    directory = Path.cwd() if output_dir is None else Path(output_dir).absolute()
+    if not directory.exists():
+        raise FileNotFoundError(f"output_dir {directory} does not exist; create it, or pass save=False")
+    if not directory.is_dir():
+        raise NotADirectoryError(f"output_dir {directory} is not a directory")
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            "this directory can't be written to; pass another output_dir or save=False",
+            directory,
+        ) from error
+    return directory
+
+
+def save_page(page: str, path: Path) -> None:
+    """Write as UTF-8, whole or not at all."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="") as file:
+            file.write(page)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_resume(path: str | os.PathLike) -> str:
+    """The text of a Markdown file.
+
+    Raises:
+        TypeError: it is not a path.
+        FileNotFoundError: no such file.
+        ValueError: the file is empty, too large, or not UTF-8.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"inst must be the path of a Markdown file, not {type(path).__name__}")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no file {str(path)!r:.120}; inst is the path of a resume in Markdown")
+    if (num_bytes := os.path.getsize(path)) > MAX_RESUME_BYTES:
+        raise ValueError(f"{path} has {num_bytes} bytes, more than the limit of {MAX_RESUME_BYTES}")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty; it should hold a resume in Markdown")
+    return text
+
+
+# ---- links ----
+
+
+def check_image_links(service: str) -> None:
+    """Raise `ValueError` for a choice of picture service that doesn't exist."""
+    if service not in IMAGE_SERVICES:
+        raise ValueError(f"unknown image_links {service!r}; it is one of {', '.join(IMAGE_SERVICES)}")
+
+
+def rewrite_image_links(page: str, service: str = "picsum") -> str:
+    """Let links to random Unsplash pictures lead to another service, in the same size.
+
+    Raises:
+        ValueError: unknown service.
+    """
+    check_image_links(service)
+    page = _QUOTED_LINK.sub(IMAGE_SERVICES[service], page)
+    return _BARE_LINK.sub(IMAGE_SERVICES[service], page)
+
+
+# ---- scripts ----
+
+
+def merge_scripts(page: str, answer: str) -> str:
+    """Put the JavaScript of an answer into a page.
+
+    It goes to the end of the page's last script that holds code, else before `</html>`, else to the very end.
+    Scripts that only refer to a file stay elements of their own.
+    """
+    found = list(_SCRIPT.finditer(answer))
+    files = [
+        f"<script{match['attributes']}></script>" for match in found if _SOURCE.search(match["attributes"])
+    ]
+    bodies = [match["body"] for match in found if _is_code(match)] if found else [_unfence(answer)]
+    code = join_scripts(bodies)
+    page, home = _last_code(page)
+    if home is None:
+        elements = [*files, *([f"<script>\n{code}\n</script>"] if code else [])]
+        return _insert(page, "\n".join(elements), _end_of_page(page))
+    if code:
+        page = _insert(page, _separated(home["body"], code), home.end("body"))
+    return _insert(page, "\n".join(files), home.start())
+
+
+def join_scripts(bodies: list[str]) -> str:
+    """One script out of several."""
+    joined = ""
+    for body in filter(None, map(str.strip, bodies)):
+        joined = f"{joined}\n{_separated(joined, body)}" if joined else body
+    return joined
+
+
+def _separated(before: str, code: str) -> str:
+    """Code that doesn't run into what stands before it, where that ends without a semicolon."""
+    before = before.rstrip()
+    return f";\n{code}" if before and not before.endswith(";") and code[0] in "([`+-/" else code
+
+
+def _is_code(script: re.Match) -> bool:
+    """Whether an element holds JavaScript itself, rather than a link to a file or data."""
+    attributes = script["attributes"]
+    return not _SOURCE.search(attributes) and not _OTHER_LANGUAGE.search(attributes)
+
+
+def _last_code(page: str) -> tuple[str, re.Match | None]:
+    """The page, and its last script that holds code; one left open is closed and not counted."""
+    scripts = list(_SCRIPT.finditer(page))
+    if scripts and not scripts[-1]["end"]:
+        return f"{page.rstrip()}\n</script>\n", None
+    return page, next(filter(_is_code, reversed(scripts)), None)
+
+
+def _end_of_page(page: str) -> int:
+    """Where the last `</html>` stands, or the end."""
+    return max((match.start() for match in _PAGE_END.finditer(page)), default=len(page))
+
+
+def _insert(page: str, text: str, position: int) -> str:
+    """Text on lines of its own at a position."""
+    if not text:
+        return page
+    before, after = page[:position], page[position:]
+    start = "" if not before or before.endswith("\n") else "\n"
+    return f"{before}{start}{text}\n{after}"
+
+
+def _unfence(answer: str) -> str:
+    """The inside of Markdown fences, or the whole answer where there are none."""
+    blocks = _FENCED.findall(answer)
+    return join_scripts(blocks) if blocks else answer

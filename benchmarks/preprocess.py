@@ -16,15 +16,17 @@ from pathlib import Path
 import common
 import numpy as np
 import torch
+from internlm_xcomposer2.configuration_internlm_xcomposer2 import VERSIONS
 from internlm_xcomposer2.image_processing_internlm_xcomposer2 import (
     PreparedImage,
+    Visual,
     batch_images,
     normalize_image,
+    prepare_visuals,
     split_tiles,
 )
-from internlm_xcomposer2.ixc_utils import MAX_FRAMES, plan_frames, plan_tiles, tile_picture
-from internlm_xcomposer2.media_internlm_xcomposer2 import load_video
-from internlm_xcomposer2.visual_internlm_xcomposer2 import LAYOUTS, Visual, prepare_visuals
+from internlm_xcomposer2.ixc_utils import load_video, plan_tiles, tile_picture
+from internlm_xcomposer2.media_internlm_xcomposer2 import MAX_FRAMES, plan_frames
 
 VIDEO_FPS = 2
 
@@ -33,7 +35,8 @@ def prepare_naively(pictures: list, tile_size: int, hd_num: int) -> tuple[torch.
     """What `prepare_visuals` computes, with whole pictures in floats and one after the other."""
     prepared = []
     for picture in pictures:
-        plan = plan_tiles(*picture.size[::-1], tile_size=tile_size, hd_num=hd_num, layout=LAYOUTS["2.5"])
+        layout = {"tile_size": tile_size, "layout": VERSIONS["2.5"].layout}
+        plan = plan_tiles(*picture.size[::-1], hd_num=hd_num, **layout)
         pixels = normalize_image(tile_picture(picture, plan))
         prepared.append(PreparedImage(split_tiles(pixels, tile_size), plan.grid))
     return batch_images(prepared)

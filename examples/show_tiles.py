@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 from einops import rearrange
-from internlm_xcomposer2.image_processing_internlm_xcomposer2 import CLIP_MEAN, CLIP_STD
+from internlm_xcomposer2.image_processing_internlm_xcomposer2 import (
+    CLIP_MEAN,
+    CLIP_STD,
+    as_visuals,
+    tokens_of_grid,
+)
 from internlm_xcomposer2.ixc_utils import check_hd_num, get_font
-from internlm_xcomposer2.visual_internlm_xcomposer2 import as_visuals
 from matplotlib.figure import Figure
 
 INCHES_PER_TILE = 1.6
@@ -34,7 +38,7 @@ def show_tiles(media, config, hd_num: int | None = None) -> Figure:
         raise ValueError(f"show_tiles draws one picture or video, not {len(visuals)}; call it for each")
     prepared = visuals[0].prepare(config, hd_num, get_font())
     tiles = rearrange(prepared.pixel_values.numpy(), "n c y x -> n y x c") * CLIP_STD + CLIP_MEAN
-    num_tokens = prepared.num_tokens(config.tile_tokens_per_side)
+    num_tokens = tokens_of_grid(config, prepared.grid)
     if not config.is_tiled:
         return _draw([(tiles, prepared.grid, "square")], num_tokens)
     rows, cols = prepared.grid

@@ -5,26 +5,31 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from internlm_xcomposer2.conversation_internlm_xcomposer2 import VIDEO_MARK
+from internlm_xcomposer2.configuration_internlm_xcomposer2 import VERSIONS
 from internlm_xcomposer2.embedding_methods_internlm_xcomposer2 import IGNORED, find_answers
 from internlm_xcomposer2.image_processing_internlm_xcomposer2 import (
     PreparedImage,
+    Visual,
     batch_images,
+    grid_of_frames,
     preprocess_image,
     preprocess_video,
+    video_visual,
 )
 from internlm_xcomposer2.ixc_utils import check_hd_num, plan_tiles
 from internlm_xcomposer2.media_internlm_xcomposer2 import frame_sizes, image_size, is_video, load_image
 from internlm_xcomposer2.prompt_internlm_xcomposer2 import (
-    BEGIN_OF_TURN,
-    END_OF_TURN,
-    IMAGE_MARK,
     META_INSTRUCTION,
     encode_prompt,
     format_turn,
     place_images,
 )
-from internlm_xcomposer2.visual_internlm_xcomposer2 import LAYOUTS, Visual, grid_of_frames, video_visual
+from internlm_xcomposer2.tokenization_internlm_xcomposer2 import (
+    BEGIN_OF_TURN,
+    END_OF_TURN,
+    IMAGE_MARK,
+    VIDEO_MARK,
+)
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -129,7 +134,7 @@ class RowEncoder:
                 faults.append(str(error))
         if faults:
             raise row.fault(faults)
-        lengths = tuple(self.processor.image_processor.num_tokens(*grid) for grid in grids)
+        lengths = tuple(self.processor.image_processor.num_image_tokens(*grid) for grid in grids)
         ids, labels, is_image = self._encode(row, lengths)
         plan = Plan(ids, labels, lengths, tuple(visuals) if decode else (), hd_num)
         return self._fit(row, plan, is_image)
@@ -242,7 +247,7 @@ class RowEncoder:
     def tiles(self) -> str:
         """How pictures are cut: the name of a rule in `ixc_utils.TILE_RULES`, or the square."""
         trained = self.layout == "training" and self.version == "2.5"
-        return TRAINING_TILES if trained else LAYOUTS[self.version]
+        return TRAINING_TILES if trained else VERSIONS[self.version].layout
 
     def _grid(self, height: int, width: int, hd_num: int) -> Grid:
         """(rows, cols) of local tiles of a picture of this size in pixels."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from internlm_xcomposer2.reward_internlm_xcomposer2 import reward_mark
+from internlm_xcomposer2.prompt_internlm_xcomposer2 import reward_mark
 from torch import Tensor
 from torch.utils.data import Dataset
 

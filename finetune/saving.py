@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from internlm_xcomposer2.adopt_internlm_xcomposer2 import staging_beside
-from internlm_xcomposer2.description_internlm_xcomposer2 import describe_checkpoint
-from internlm_xcomposer2.inspect_internlm_xcomposer2 import examine
+from internlm_xcomposer2.ixc2.adopt import staging_beside
+from internlm_xcomposer2.ixc2.examine import examine
+from internlm_xcomposer2.ixc2.small_files import describe_checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import CARD

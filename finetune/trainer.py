@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from internlm_xcomposer2.modeling_internlm_xcomposer2 import PUBLISHED_KEYS
+from internlm_xcomposer2.configuration_internlm_xcomposer2 import PUBLISHED_KEYS
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer

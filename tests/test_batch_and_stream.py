@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 from helpers import golden_directory, tiny_model
-from internlm_xcomposer2.streaming_internlm_xcomposer2 import AnswerStreamer, EndMarkFilter
+from internlm_xcomposer2.chat_internlm_xcomposer2 import AnswerWriter
+from internlm_xcomposer2.generation_internlm_xcomposer2 import EndMarkFilter
 from PIL import Image
 from transformers import TextIteratorStreamer, TextStreamer
 
@@ -116,13 +117,15 @@ def test_streams_refuse_beams_and_other_streamers(model, tokenizer):
         model.chat_stream(tokenizer, "hi", streamer=TextStreamer(tokenizer), **GREEDY)
 
 
-def shown(streamer: AnswerStreamer, ids: list[int]) -> list[str]:
-    """What an iterator gives for a prompt and these ids, one by one."""
+def shown(tokenizer, ids: list[int]) -> list[str]:
+    """The texts of an answer with these ids, one by one, that ends as answers end."""
+    writer = AnswerWriter(tokenizer)
+    streamer = EndMarkFilter(writer, [2, 5])
     streamer.put(torch.tensor([[1, 6]]))
-    for token in ids:
+    for token in (*ids, 5, 2):
         streamer.put(torch.tensor([token]))
     streamer.end()
-    return list(streamer)
+    return list(iter(writer.texts.get, None))
 
 
 @pytest.mark.parametrize(
@@ -130,14 +133,14 @@ def shown(streamer: AnswerStreamer, ids: list[int]) -> list[str]:
 )
 def test_pieces_join_to_the_text_and_hold_whole_characters(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces = shown(AnswerStreamer(tokenizer, [2, 5]), [*ids, 5, 2])
+    pieces = shown(tokenizer, ids)
     assert "".join(pieces) == tokenizer.decode(ids) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_half_a_character_at_the_end_is_not_shown(tokenizer):
     ids = tokenizer("ok 😀", add_special_tokens=False)["input_ids"]
-    assert "".join(shown(AnswerStreamer(tokenizer), ids[:-1])) == "ok "
+    assert "".join(shown(tokenizer, ids[:-1])) == "ok "
 
 
 def test_a_callers_streamer_never_sees_the_end_mark(model, tokenizer, pictures):

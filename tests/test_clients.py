@@ -308,10 +308,9 @@ def test_gradio_composition(load, tokenizer):
     written = model.generate(ids, stopping_criteria=criteria, **options)
     assert torch.equal(written[:, : ids.shape[1]], ids) and written.shape[1] <= ids.shape[1] + 4
     features = model.encode_img(torch.stack([prepared(model), prepared(model, seed=1)]))
-    assert [feature.shape[0] for feature in features] == [1, 1]
-    assert features[1].shape[1] == model.num_image_tokens(1, 2)
-    embeds = torch.cat([model.encode_text("", add_special_tokens=True), features[1]], dim=1)
-    mask = torch.cat([torch.zeros(1, 1), torch.ones(1, features[1].shape[1])], dim=1)
+    assert features.shape == (2, model.num_image_tokens(1, 2), 32)
+    embeds = torch.cat([model.encode_text("", add_special_tokens=True), features[1][None]], dim=1)
+    mask = torch.cat([torch.zeros(1, 1), torch.ones(1, features.shape[1])], dim=1)
     # The demo takes the prompt's length from its budget, which may leave nothing.
     outputs = model.generate(inputs_embeds=embeds, im_mask=mask, max_length=10 - embeds.shape[1])
     assert outputs.shape == (1, 2)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from helpers import logits_of, published_source, published_weights, read_json, tiny_model
-from internlm_xcomposer2.adopt_internlm_xcomposer2 import adopt
+from internlm_xcomposer2.ixc2.adopt import adopt
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -42,7 +42,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import read_headers
-from internlm_xcomposer2.convert_internlm_xcomposer2 import convert, plan_pieces
+from internlm_xcomposer2.ixc2.convert import convert, plan_pieces
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -15,7 +15,7 @@ from internlm_xcomposer2 import (
     InternLMXComposer2ForCausalLM,
     InternLMXComposer2Tokenizer,
 )
-from internlm_xcomposer2.parallel_internlm_xcomposer2 import check_gatherable, tensor_parallel_size
+from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import tensor_parallel_size
 from safetensors.torch import load_file
 from transformers.distributed import DistributedConfig
 from transformers.integrations.accelerate import _get_device_map, compute_module_sizes
@@ -249,7 +249,6 @@ def test_between_how_many_processes_a_model_is_cut(monkeypatch, arguments, size)
 def test_processes_that_share_nothing_load_and_draw_as_ever(monkeypatch, nano, tokenizer):
     monkeypatch.setenv("WORLD_SIZE", "3")  # as under a data-parallel launcher
     model = InternLMXComposer2ForCausalLM.from_pretrained(ROOT, dtype="float32")
-    check_gatherable(model)
     with torch.random.fork_rng():
         drawn = []
         for each in (model, nano):

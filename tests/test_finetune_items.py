@@ -20,7 +20,8 @@ from helpers import (
 from internlm_xcomposer2.embedding_methods_internlm_xcomposer2 import IGNORED
 from internlm_xcomposer2.ixc_utils import HD_transform, R560_HD18_Identity_transform
 from internlm_xcomposer2.processing_internlm_xcomposer2 import InternLMXComposer2Processor
-from internlm_xcomposer2.prompt_internlm_xcomposer2 import END_OF_TURN, META_INSTRUCTION
+from internlm_xcomposer2.prompt_internlm_xcomposer2 import META_INSTRUCTION
+from internlm_xcomposer2.tokenization_internlm_xcomposer2 import END_OF_TURN
 from PIL import Image
 from torch.utils.data import DataLoader
 

@@ -207,5 +207,5 @@ def test_nano_learns_an_answer_by_the_commands(tmp_path):
         timeout=600,
     )
     assert fresh.returncode == 0, fresh.stderr[-3000:]
-    assert "type transformers_modules torch.float16" in fresh.stdout
+    assert "type transformers_modules torch.float32" in fresh.stdout
     assert "answer circle\n" in fresh.stdout

@@ -13,7 +13,7 @@ from internlm_xcomposer2 import (
     InternLMXComposer2Processor,
     InternLMXComposer2Tokenizer,
 )
-from internlm_xcomposer2.reward_internlm_xcomposer2 import plan_conversation
+from internlm_xcomposer2.prompt_internlm_xcomposer2 import plan_conversation
 from PIL import Image
 from transformers import AutoModel
 
@@ -168,7 +168,7 @@ def test_rows_are_written_as_they_are_scored(tmp_path, processor, base):
     rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
     messages = [[{"role": turn.role, "content": turn.text} for turn in row.turns] for row in rows]
     plans = [
-        plan_conversation(conversation, list(row.media), processor.tokenizer, model.config)
+        plan_conversation(model.config, processor.tokenizer, conversation, list(row.media))
         for conversation, row in zip(messages, rows, strict=True)
     ]
     items = [item for index in range(3) for item in dataset[index].values()]
@@ -200,7 +200,7 @@ def test_training_lowers_the_loss_until_chosen_answers_score_higher(tmp_path, ba
     assert "pipeline_tag: text-classification" in card and "| eval_accuracy |" in card
     model = AutoModel.from_pretrained(final, dtype="float32")
     assert type(model) is InternLMXComposer2ForSequenceClassification
-    assert model.config.auto_map["AutoModel"].startswith("reward_internlm_xcomposer2.")
+    assert model.config.auto_map["AutoModel"].endswith("ForSequenceClassification")
     model.tokenizer = InternLMXComposer2Tokenizer.from_pretrained(final)
     answers = [turns("say two", "two, please"), turns("say two", "no two")]
     assert model.rank(answers) == [0, 1] and model.compare(answers[0], [], answers[1], [])

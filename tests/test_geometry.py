@@ -13,12 +13,11 @@ from internlm_xcomposer2.ixc_utils import (
     MAX_PLANNED_PIXELS,
     TILE_RULES,
     num_image_tokens,
-    num_square_tokens,
     plan_composite,
-    plan_frames,
     plan_tiles,
     plan_video,
 )
+from internlm_xcomposer2.media_internlm_xcomposer2 import plan_frames
 
 # Which of our layouts each published transform of the table is.
 PUBLISHED_LAYOUTS = {
@@ -149,7 +148,8 @@ def test_a_budget_beyond_memory_is_refused_where_it_would_be_used(hd_num):
 def test_token_counts():
     assert num_image_tokens(1, 1, 20) == 841
     assert num_image_tokens(2, 3, 12) == 7 * 144 + 1 + 3 * 12
-    assert (num_square_tokens(16), num_square_tokens(35)) == (256, 1225)
+    squares = [num_image_tokens(1, 1, side, is_tiled=False) for side in (16, 35)]
+    assert squares == [256, 1225]
 
 
 def test_frames_of_the_published_videos():

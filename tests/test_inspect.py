@@ -24,16 +24,16 @@ from helpers import (
     write_published,
 )
 from internlm_xcomposer2 import InternLMXcomposer2Config, InternLMXComposer2ForCausalLM
-from internlm_xcomposer2 import fetch_internlm_xcomposer2 as fetching
 from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import TensorHeader
-from internlm_xcomposer2.cli_internlm_xcomposer2 import main
-from internlm_xcomposer2.inspect_internlm_xcomposer2 import (
+from internlm_xcomposer2.ixc2 import fetch as fetching
+from internlm_xcomposer2.ixc2.examine import (
     NF4_BYTES,
     count_parameters,
     examine,
     picture_costs,
     weight_memory,
 )
+from internlm_xcomposer2.ixc2.main import main
 from packers import pack_checkpoint
 
 SMALL = {"hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 8192}
@@ -193,7 +193,7 @@ def hub(tmp_path):
 
 COMMANDS = """
 import sys
-from internlm_xcomposer2.cli_internlm_xcomposer2 import main
+from internlm_xcomposer2.ixc2.main import main
 for kind in ("safetensors", "bin"):
     assert main(["inspect", f"owner/{kind}", "--json"]) == 0
 print("inspected", flush=True)
@@ -220,7 +220,11 @@ def test_hub_ids_are_inspected_by_headers_and_adopted_whole(tmp_path, hub):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    printed = "".join(iter(process.stdout.readline, "inspected\n"))
+    printed = ""
+    while not printed.endswith("inspected\n"):
+        line = process.stdout.readline()
+        assert line, "the commands ended early"
+        printed += line
     read = sum(count for file, count in hub.served if file.name.startswith(("model-", "pytorch_model-")))
     process.communicate("go on\n", timeout=200)
     assert process.returncode == 0

@@ -27,8 +27,9 @@ from internlm_xcomposer2 import (
     InternLMXComposer2ForCausalLM,
     InternLMXComposer2Tokenizer,
 )
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from internlm_xcomposer2.configuration_internlm_xcomposer2 import PUBLISHED_MODEL_TYPES
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.mark.parametrize("version", ["2", "2-4khd", "2.5"])
@@ -167,7 +168,7 @@ def test_a_tensor_of_another_shape_is_listed(tmp_path):
 
 def test_other_checkpoints_are_refused(tmp_path):
     write_published(tmp_path, {"lm_head.weight": torch.ones(2, 2)}, published_config("2"))
-    with pytest.raises(ValueError, match="no InternLM-XComposer2 checkpoint: its 1 tensors lack"):
+    with pytest.raises(ValueError, match="not an InternLM-XComposer2 checkpoint: its 1 tensors lack"):
         AutoModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\x00")
     with pytest.raises(ValueError, match="can't be read as a file of weights"):
@@ -185,11 +186,86 @@ def test_a_lost_shard_is_named(tmp_path):
         AutoModel.from_pretrained(tmp_path)
 
 
-def test_text_only_checkpoints_of_the_same_model_type_are_left_alone(tmp_path):
-    fields = {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"]}
+TEXT_ONLY = {
+    "configuration_internlm2.py": """
+from transformers import PreTrainedConfig
+
+
+class InternLM2Config(PreTrainedConfig):
+    model_type = "internlm2"
+
+    def __init__(self, width=6, **kwargs):
+        self.width = width
+        super().__init__(**kwargs)
+""",
+    "modeling_internlm2.py": """
+from torch import nn
+from transformers import PreTrainedModel
+
+from .configuration_internlm2 import InternLM2Config
+
+
+class InternLM2ForCausalLM(PreTrainedModel):
+    config_class = InternLM2Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.only = nn.Linear(config.width, 2)
+        self.post_init()
+""",
+    "tokenization_internlm2.py": """
+from transformers import PreTrainedTokenizer
+
+
+class InternLM2Tokenizer(PreTrainedTokenizer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+    vocab_size = 3
+
+    def get_vocab(self):
+        return {"a": 0, "b": 1, "c": 2}
+""",
+}
+
+
+def test_text_only_checkpoints_of_the_same_model_type_load_by_their_own_code(tmp_path):
+    """Their configuration, model and tokenizer are those beside them, with the caller's consent only."""
+    names = {
+        "AutoConfig": "configuration_internlm2.InternLM2Config",
+        "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
+    }
+    fields = {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "auto_map": names}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="InternLM2ForCausalLM is no InternLM-XComposer2"):
-        AutoConfig.from_pretrained(tmp_path)
+    auto_map = {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    save_file({"only.weight": torch.ones(2, 6), "only.bias": torch.ones(2)}, tmp_path / "model.safetensors")
+    for name, source in TEXT_ONLY.items():
+        (tmp_path / name).write_text(source)
+    loaded = [
+        kind.from_pretrained(tmp_path, trust_remote_code=True)
+        for kind in (AutoConfig, AutoModelForCausalLM, AutoTokenizer)
+    ]
+    assert loaded[0].width == 6 and torch.equal(loaded[1].only.weight, torch.ones(2, 6))
+    assert all(type(each).__module__.startswith("transformers_modules.") for each in loaded)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED_MODEL_TYPES)
+def test_published_files_are_read_by_this_code_whatever_they_call_themselves(tmp_path, model_type):
+    model = tiny_model("2.5")
+    fields = {**flat_config(model), "model_type": model_type}
+    for given in (
+        fields,
+        {name: value for name, value in fields.items() if name != "architectures"},
+        {**fields, "auto_map": {"AutoConfig": "configuration_internlm_xcomposer.InternLMXcomposer2Config"}},
+    ):
+        write_published(tmp_path, published_weights(model), given)
+        for trust in ({}, {"trust_remote_code": True}):
+            config, unused = AutoConfig.from_pretrained(tmp_path, return_unused_kwargs=True, x=1, **trust)
+            assert type(config) is InternLMXcomposer2Config and unused == {"x": 1}
+        assert type(AutoModel.from_pretrained(tmp_path)) is InternLMXComposer2ForCausalLM
 
 
 def test_configuration_takes_flat_and_nested_fields():
@@ -290,7 +366,7 @@ def test_writing_a_checkpoint_is_what_loading_reads(tmp_path, family_model):
 def test_the_type_of_the_file_can_be_asked_for(name):
     for kind in (InternLMXComposer2ForCausalLM, AutoModel):
         model = kind.from_pretrained(ROOT, **{name: "auto"})
-        assert model.dtype == model.config.dtype == torch.float16
+        assert model.dtype == model.config.dtype == torch.float32
 
 
 # ---- task adapters ----

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from internlm_xcomposer2.ixc_utils import plan_frames
-from internlm_xcomposer2.media_internlm_xcomposer2 import load_video
+from internlm_xcomposer2.media_internlm_xcomposer2 import load_video, plan_frames
 from internlm_xcomposer2.video_internlm_xcomposer2 import open_video
 from PIL import Image
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar

@@ -1,18 +1,18 @@
 """GPTQ and AWQ checkpoints: the arithmetic, whole models in every layout on disk, and damaged files."""
 
 import json
-import weakref
 
 import numpy as np
 import pytest
 import torch
 from helpers import FAMILIES, VERSION_OF_FAMILY, published_config, recipe_state_dict, tiny_config, tiny_model
-from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, packed_internlm_xcomposer2
-from internlm_xcomposer2.packed_internlm_xcomposer2 import packing_of, unpacked_shapes, unpacked_tensors
+from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
+from internlm_xcomposer2 import quantization_internlm_xcomposer2 as quantization
+from internlm_xcomposer2.quantization_internlm_xcomposer2 import PackedLinear, packing_of, unpacked_shapes
 from packers import awq_parts, dequantise, gptq_parts, groups_of, pack_checkpoint
 from safetensors.torch import load_file
 from test_loading import flat_config, logits_of, published_weights, write_published
-from transformers import AutoModel, GenerationConfig
+from transformers import AutoModel, BitsAndBytesConfig, GenerationConfig
 
 GPTQ_FIELDS = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}
 AWQ_FIELDS = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 16, "zero_point": True}
@@ -24,12 +24,17 @@ def shapes_of(tensors):
 
 def unpack(parts, fields=None, dtype=torch.float32):
     """One linear, unpacked by the package."""
-    tensors = {f"model.w.linear.{name}": value for name, value in parts.items()}
-    shapes = shapes_of(tensors)
+    shapes = shapes_of({f"model.w.linear.{name}": value for name, value in parts.items()})
     packing = packing_of(shapes, {"quantization_config": fields})
-    plain = unpacked_tensors(tensors, shapes, packing, dtype)
-    assert shapes_of(plain) == unpacked_shapes(shapes, packing)
-    return plain["model.w.weight"][...]
+    (size,) = unpacked_shapes(shapes, packing).values()
+    options = {"num_groups": len(parts["scales"]), "has_index": "g_idx" in parts}
+    linear = PackedLinear(size[1], size[0], packing, **options)
+    linear.load_state_dict(parts)
+    weight = linear.unpack(dtype)
+    assert tuple(weight.shape) == size
+    x = torch.randn(2, size[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(linear(x), torch.nn.functional.linear(x, weight))
+    return weight
 
 
 def random_numbers(outputs, inputs, groups, bits, seed=0):
@@ -93,7 +98,7 @@ def test_large_weights_are_unpacked_in_pieces(monkeypatch):
     numbers = numbers[0], np.maximum(numbers[1], 1), numbers[2]
     parts = gptq_parts(*numbers, groups, 4)
     whole = unpack(parts), unpack(awq_parts(*numbers))
-    monkeypatch.setattr(packed_internlm_xcomposer2, "_BLOCK", 1500)
+    monkeypatch.setattr(quantization, "_BLOCK", 1500)
     assert torch.equal(unpack(parts), whole[0]) and torch.equal(unpack(awq_parts(*numbers)), whole[1])
 
 
@@ -241,43 +246,33 @@ def test_biases_of_zeros_are_dropped_and_others_are_not(tmp_path, tiny_packed):
 
 
 def count_unpacked(monkeypatch):
-    """The address of every weight as it is unpacked, and how many earlier ones were in memory then."""
-    unpack_gptq, arrays = packed_internlm_xcomposer2.unpack_gptq, []
-    addresses, alive = [], []
+    """The address of every weight as it is unpacked."""
+    unpack_gptq, addresses = quantization.unpack_gptq, []
 
-    def counting(*args):
-        alive.append(sum(array() is not None for array in arrays))
-        array = unpack_gptq(*args).numpy().copy()  # lives as long as the storage of the tensor over it
-        arrays.append(weakref.ref(array))
+    def counting(*args, **kwargs):
+        array = unpack_gptq(*args, **kwargs).numpy().copy()
         addresses.append(array.ctypes.data)
         return torch.from_numpy(array)
 
-    monkeypatch.setattr(packed_internlm_xcomposer2, "unpack_gptq", counting)
-    return addresses, alive
+    monkeypatch.setattr(quantization, "unpack_gptq", counting)
+    return addresses
 
 
 def test_each_weight_is_unpacked_once_and_not_copied(tmp_path, tiny_packed, monkeypatch):
     packed, fields, _ = tiny_packed
     write_published(tmp_path, packed, fields)
-    addresses, _ = count_unpacked(monkeypatch)
+    addresses = count_unpacked(monkeypatch)
     model = AutoModel.from_pretrained(tmp_path, dtype="float32")
     linears = [module for name, module in model.named_modules() if name.endswith(".linear")]
     assert len(addresses) == 10
     assert {linear.weight.data_ptr() for linear in linears} == set(addresses)
 
 
-def test_quantising_again_holds_one_plain_weight_at_a_time(tmp_path, tiny_packed, monkeypatch):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
+def test_quantising_again_is_refused(tmp_path, tiny_packed):
     packed, fields, _ = tiny_packed
     write_published(tmp_path, packed, {**fields, "quantization_config": GPTQ_FIELDS})
-    addresses, alive = count_unpacked(monkeypatch)
-    config = BitsAndBytesConfig(load_in_8bit=True)
-    model = AutoModel.from_pretrained(tmp_path, dtype="float32", quantization_config=config)
-    linears = [module for name, module in model.named_modules() if name.endswith(".linear")]
-    assert all(isinstance(linear, bitsandbytes.nn.Linear8bitLt) for linear in linears)
-    assert len(addresses) == 10 and max(alive) <= 1
+    with pytest.raises(ValueError, match="have 4 bits already, by gptq; leave quantization_config out"):
+        AutoModel.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
 
 # ---- what a checkpoint says, and damaged ones ----

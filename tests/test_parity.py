@@ -14,7 +14,7 @@ from helpers import (
     tiny_config,
 )
 from internlm_xcomposer2 import InternLMXcomposer2Config, InternLMXComposer2ForCausalLM
-from internlm_xcomposer2.visual_internlm_xcomposer2 import as_visuals, prepare_visuals
+from internlm_xcomposer2.image_processing_internlm_xcomposer2 import as_visuals, prepare_visuals
 
 CASES = [(family, case) for family in FAMILIES for case in golden_cases(family)]
 GREEDY_TOKENS = 32

@@ -10,22 +10,24 @@ import PIL
 import pytest
 import torch
 from helpers import golden_directory, tiny_config
+from internlm_xcomposer2 import image_processing_internlm_xcomposer2 as image_processing
 from internlm_xcomposer2 import ixc_utils
-from internlm_xcomposer2 import visual_internlm_xcomposer2 as visual_module
 from internlm_xcomposer2.image_processing_internlm_xcomposer2 import (
     CLIP_MEAN,
     CLIP_STD,
     VisProcessor,
+    as_visuals,
     batch_images,
     global_view,
     normalize_image,
+    prepare_visuals,
     preprocess_image,
     preprocess_video,
     split_tiles,
     tile_pixels,
 )
-from internlm_xcomposer2.ixc_utils import plan_tiles, square_picture, tile_picture, to_rgb
-from internlm_xcomposer2.visual_internlm_xcomposer2 import as_visuals, prepare_visuals
+from internlm_xcomposer2.ixc_utils import plan_tiles, square_picture, tile_picture
+from internlm_xcomposer2.media_internlm_xcomposer2 import to_rgb
 from PIL import Image, ImageFont
 
 CONTENT = json.loads((golden_directory() / "preprocess_content.json").read_text(encoding="utf-8"))
@@ -225,15 +227,13 @@ def test_preprocess_image_follows_the_plan(layout):
     image = picture("tall.png")
     plan = plan_tiles(1300, 500, tile_size=112, hd_num=9, layout=layout)
     prepared = preprocess_image(image, layout=layout, tile_size=112, hd_num=9)
-    assert prepared.grid == plan.grid and len(prepared.pixel_values) == plan.num_tiles
     assert torch.equal(prepared.pixel_values, split_tiles(normalize_image(tile_picture(image, plan)), 112))
-    assert prepared.num_tokens(4) == ixc_utils.num_image_tokens(*plan.grid, 4)
+    assert prepared.grid == plan.grid and len(prepared.pixel_values) == plan.num_tiles
 
 
 def test_preprocess_square():
     prepared = preprocess_image(picture("wide.png"), layout="square", tile_size=224)
     assert prepared.pixel_values.shape == (1, 3, 224, 224) and prepared.grid == (1, 1)
-    assert prepared.num_tokens(16) == 256
 
 
 def test_preprocess_needs_a_budget_for_tiles():
@@ -297,10 +297,10 @@ def test_pictures_prepared_at_once_keep_their_order(two_threads, tmp_path):
 
 def test_they_do_run_at_once_but_no_more_than_torch_may(two_threads):
     meeting = threading.Barrier(2, timeout=20)
-    assert visual_module._in_threads(lambda item: meeting.wait() is not None, range(4)) == [True] * 4
+    assert image_processing._in_threads(lambda item: meeting.wait() is not None, range(4)) == [True] * 4
     torch.set_num_threads(1)
     main = threading.get_ident()
-    assert visual_module._in_threads(lambda item: threading.get_ident(), range(3)) == [main] * 3
+    assert image_processing._in_threads(lambda item: threading.get_ident(), range(3)) == [main] * 3
 
 
 def test_the_first_of_several_errors_is_raised(two_threads, tmp_path):

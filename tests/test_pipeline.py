@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
-from internlm_xcomposer2.auto_internlm_xcomposer2 import CONFIG_AUTO_MAP
+from internlm_xcomposer2.configuration_internlm_xcomposer2 import CONFIG_AUTO_MAP
 from test_readme import offline_environment
 from transformers import pipeline
 

@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -253,8 +254,9 @@ def test_files_hold_quantised_weights_under_their_own_names(source, tmp_path):
 
 def test_metadata_of_a_model_without_a_quantised_weight_is_refused():
     plain = {"tensor_names": '["output.weight"]', "output.weight": '{"_type": "Tensor"}'}
+    quantizer = SimpleNamespace(get_state_dict_and_metadata=lambda model: ({}, plain))
     with pytest.raises(ValueError, match="none of this model's weights is quantised"):
-        quantization.quantized_metadata(plain)
+        quantization.check_savable(SimpleNamespace(hf_quantizer=quantizer))
 
 
 def test_a_state_dict_does_not_disturb_a_4_bit_model(source):

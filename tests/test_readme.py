@@ -12,9 +12,9 @@ import pytest
 import torch
 from helpers import HERE, ROOT, read_json, tiny_model
 from internlm_xcomposer2 import InternLMXcomposer2Config
-from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import checkpoint_shapes
-from internlm_xcomposer2.ixc_utils import num_image_tokens, num_square_tokens
-from internlm_xcomposer2.visual_internlm_xcomposer2 import Visual
+from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import checkpoint_headers, shapes_of
+from internlm_xcomposer2.image_processing_internlm_xcomposer2 import Visual
+from internlm_xcomposer2.ixc_utils import num_image_tokens
 from PIL import Image
 
 READMES = ("README.md", "README_CN.md")
@@ -127,7 +127,7 @@ def test_every_example_runs(clone, capsys):
 def image_tokens(config: InternLMXcomposer2Config, hd_num: int | None, size: tuple[int, int]) -> int:
     """How many tokens the package makes of one picture, given as (width, height)."""
     if not config.is_tiled:
-        return num_square_tokens(config.tile_tokens_per_side)
+        return num_image_tokens(1, 1, config.tile_tokens_per_side, is_tiled=False)
     grid = Visual(image=Image.new("1", size)).grid(config, hd_num)
     return num_image_tokens(*grid, config.tile_tokens_per_side)
 
@@ -135,7 +135,7 @@ def image_tokens(config: InternLMXcomposer2Config, hd_num: int | None, size: tup
 def test_the_table_of_checkpoints_is_what_the_package_computes():
     nano, *published = rows_of("README.md", "checkpoints")
     config = InternLMXcomposer2Config.from_pretrained(ROOT)
-    counts = [math.prod(shape) for shape in checkpoint_shapes(ROOT).values()]
+    counts = [math.prod(shape) for shape in shapes_of(checkpoint_headers(ROOT)).values()]
     check_row(nano, config, config.hd_num, sum(counts))
     recorded = read_json(HERE / "golden" / "state_dict_fullsize.json")
     for row, (fields, hd_num, key) in zip(published, ROWS, strict=True):
@@ -159,7 +159,7 @@ def test_the_defaults_in_the_table_are_those_of_the_configuration():
 def test_sizes_in_the_text_are_those_of_the_weights():
     recorded = read_json(HERE / "golden" / "state_dict_fullsize.json")["2.5-7b"]
     adapters = 2 * recorded["task_loras"] / 1e9
-    num_parameters = sum(math.prod(shape) for shape in checkpoint_shapes(ROOT).values())
+    num_parameters = sum(math.prod(shape) for shape in shapes_of(checkpoint_headers(ROOT)).values())
     english, chinese = (" ".join(text_of(name).split()) for name in READMES)
     assert f"{adapters:.1f} are the task adapters" in english
     assert f"{adapters:.1f} GB 是" in chinese

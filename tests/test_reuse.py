@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from helpers import golden_directory, prompt_with_pictures, random_pictures, tiny_model
+from internlm_xcomposer2.prompt_internlm_xcomposer2 import plan_chat, system_text
 from PIL import Image
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
@@ -53,7 +54,15 @@ def test_a_second_turn_computes_only_what_is_new(version, tokenizer):
     with counted(model) as (runs, tiles):
         second = model.chat(tokenizer, "and?", picture(), history=history, **GREEDY)
     kept = history.prompt_cache.tokens
-    whole = model.plan_chat(tokenizer, "and?", picture(), None, history, model._system_text(None, "x"))
+    whole = plan_chat(
+        model.config,
+        tokenizer,
+        "and?",
+        picture(),
+        None,
+        history,
+        system_text(model.config.version, None, "x"),
+    )
     assert not tiles
     assert 1 < prompt_tokens(runs) < 30 < len(kept)
     with counted(model) as (runs, tiles):
@@ -128,7 +137,7 @@ def test_text_alone(model, tokenizer, image):
     _, history = model.chat(tokenizer, "what is a word of many?", image, **ask)
     with counted(model) as (runs, _):
         answer = model.chat(tokenizer, "and?", image, history=history, **ask)
-    whole = model.plan_chat(tokenizer, "and?", image, None, history, "").ids
+    whole = plan_chat(model.config, tokenizer, "and?", image, None, history).ids
     assert prompt_tokens(runs) < len(whole) - 10
     assert answer == model.chat(tokenizer, "and?", image, history=list(history), **ask)
 

@@ -21,16 +21,17 @@ from helpers import (
     write_published,
 )
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2ForSequenceClassification
-from internlm_xcomposer2.adopt_internlm_xcomposer2 import adopt
-from internlm_xcomposer2.auto_internlm_xcomposer2 import REWARD_AUTO_MAP
-from internlm_xcomposer2.cli_internlm_xcomposer2 import main
-from internlm_xcomposer2.reward_internlm_xcomposer2 import (
-    batches_within,
+from internlm_xcomposer2.configuration_internlm_xcomposer2 import REWARD_AUTO_MAP
+from internlm_xcomposer2.ixc2.adopt import adopt
+from internlm_xcomposer2.ixc2.main import main
+from internlm_xcomposer2.prompt_internlm_xcomposer2 import (
+    batch_inputs,
     format_conversation,
-    pairwise_loss,
+    plan_chat,
     plan_conversation,
     reward_mark,
 )
+from internlm_xcomposer2.reward_internlm_xcomposer2 import batches_within, pairwise_loss
 from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -86,7 +87,7 @@ def test_a_score_is_the_last_hidden_state_times_the_head(reward, tokenizer, pict
     text = f"{begin}user\nwhat?{close}{begin}assistant\nred{close}"
     end = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("[UNUSED_TOKEN_145]")]
     text_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    prompt = reward.prepare_chat(tokenizer, "", [pictures[0]], 2, [], "")
+    prompt = batch_inputs(reward.config, [plan_chat(reward.config, tokenizer, "", [pictures[0]], 2)])
     num_tokens = int(prompt["im_mask"].sum())
     ids = torch.tensor([[1, *[4] * num_tokens, *text_ids, *end]])
     embeds, mask = reward.embed_inputs(ids, prompt["pixel_values"], prompt["image_grid_hw"])
@@ -100,7 +101,7 @@ def test_a_score_is_the_last_hidden_state_times_the_head(reward, tokenizer, pict
 @needs_published_tokenizer
 def test_a_conversation_ends_as_in_the_published_training(published):
     messages = [{"role": "system", "content": "be kind"}, *ask("hi", "hello")]
-    plan = plan_conversation(messages, [], published, tiny_config(vocab_size=92544, image_token_id=92398))
+    plan = plan_conversation(tiny_config(vocab_size=92544, image_token_id=92398), published, messages)
     assert plan.ids[0] == 1 and plan.ids[-2:] == [2, 92527] and plan.ids.count(1) == 1
     begin, end = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]\n"
     text = f"{begin}system\nbe kind{end}{begin}user\nhi{end}{begin}assistant\nhello{end}"
@@ -287,7 +288,7 @@ def test_a_chat_checkpoint_gets_a_new_head_and_says_so(tmp_path, monkeypatch):
     write_published(tmp_path, published_weights(model), flat_config(model))
     warnings = []
     monkeypatch.setattr(
-        "internlm_xcomposer2.reward_internlm_xcomposer2.logger.warning", lambda text: warnings.append(text)
+        "internlm_xcomposer2.modeling_internlm_xcomposer2.logger.warning", lambda text: warnings.append(text)
     )
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype="float32")
     assert "score.weight is new" in warnings[0] and len(warnings) == 1
@@ -393,7 +394,7 @@ def test_the_pairwise_loss_is_that_of_the_paper():
     torch.testing.assert_close(pairwise_loss(scores[:, 0]), expected)
     assert torch.isfinite(pairwise_loss(torch.tensor([-300.0, 300.0])))
     for wrong in (torch.zeros(3), torch.zeros(4, 2)):
-        with pytest.raises(ValueError, match="are no pairs"):
+        with pytest.raises(ValueError, match="are not pairs"):
             pairwise_loss(wrong)
 
 
@@ -431,7 +432,7 @@ def test_the_published_trainer_gets_scores_in_turn_and_their_loss(reward, with_p
     [
         ({"chosen": None}, "samples lack chosen"),
         ({"rejected": [["a"]]}, "2 chosen conversations but 1 rejected"),
-        ({"data_type": ["text", "multi"]}, "multi and text; part them"),
+        ({"data_type": ["text", "multi"]}, "multi and text; separate them"),
         ({"data_type": ["multi"]}, "lack 'image'"),
         ({"data_type": ["audio"]}, "unknown data_type 'audio'"),
     ],

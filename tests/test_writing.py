@@ -8,15 +8,16 @@ import pytest
 import torch
 from helpers import ROOT, golden_case, golden_directory, needs_published_tokenizer
 from internlm_xcomposer2 import InternLMXComposer2Tokenizer, writing_internlm_xcomposer2
-from internlm_xcomposer2.webpage_internlm_xcomposer2 import (
+from internlm_xcomposer2.writing_internlm_xcomposer2 import (
+    answer_budget,
     join_scripts,
     merge_scripts,
     page_path,
     read_resume,
     rewrite_image_links,
     save_page,
+    seeded_generators,
 )
-from internlm_xcomposer2.writing_internlm_xcomposer2 import answer_budget, seeded_generators
 from PIL import Image
 
 UNSPLASH = "https://source.unsplash.com/random/800x600"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from internlm_xcomposer2.auto_internlm_xcomposer2 import CONFIG_AUTO_MAP
+from internlm_xcomposer2.configuration_internlm_xcomposer2 import CONFIG_AUTO_MAP
 from internlm_xcomposer2.modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor

@@ -8,10 +8,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from .adopt_internlm_xcomposer2 import MAX_SHARD_SIZE, Adoption, adopt
-from .configuration_internlm_xcomposer2 import TEXT_SIZES
-from .fetch_internlm_xcomposer2 import HUBS, fetch, fetch_description
-from .inspect_internlm_xcomposer2 import (
+from ..configuration_internlm_xcomposer2 import TEXT_SIZES
+from .adopt import MAX_SHARD_SIZE, Adoption, adopt
+from .examine import (
     FORMULAS,
     Findings,
     count_parameters,
@@ -20,6 +19,7 @@ from .inspect_internlm_xcomposer2 import (
     quantisation_of,
     weight_memory,
 )
+from .fetch import HUBS, fetch, fetch_description
 
 PICTURE = "3840x2160"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from .build_mlp import MAX_TILES_PER_BATCH
-from .checkpoint_internlm_xcomposer2 import (
+from ..build_mlp import MAX_TILES_PER_BATCH
+from ..checkpoint_internlm_xcomposer2 import (
     INDEX_FILES,
     WEIGHT_FILES,
     TensorHeader,
@@ -22,13 +22,13 @@ from .checkpoint_internlm_xcomposer2 import (
     shards_without_index,
     weight_paths,
 )
-from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
-from .ixc_utils import num_image_tokens, num_square_tokens, plan_tiles
-from .modeling_internlm_xcomposer2 import InternLMXComposer2ForCausalLM
-from .packed_internlm_xcomposer2 import Packing, packing_of, unpacked_shapes
-from .reward_internlm_xcomposer2 import InternLMXComposer2ForSequenceClassification
-from .visual_internlm_xcomposer2 import LAYOUTS
-from .weight_shapes_internlm_xcomposer2 import is_reward, plain_name
+from ..configuration_internlm_xcomposer2 import InternLMXcomposer2Config, is_reward, published_name
+from ..image_processing_internlm_xcomposer2 import grid_of_image, tokens_of_grid
+from ..modeling_internlm_xcomposer2 import (
+    InternLMXComposer2ForCausalLM,
+    InternLMXComposer2ForSequenceClassification,
+)
+from ..quantization_internlm_xcomposer2 import Packing, packing_of, unpacked_shapes
 
 # Beginnings of tensor names, and what they belong to; the first that fits counts.
 _PARTS = {
@@ -188,9 +188,9 @@ def compare_with_model(
     )
     with torch.device("meta"):
         model = model_class(config)
-    expected = {(plain_name(name), tuple(value.shape)) for name, value in model.state_dict().items()}
+    expected = {(published_name(name), tuple(value.shape)) for name, value in model.state_dict().items()}
     biases = {f"{linear}.bias" for linear in packing.linears} if packing else set()
-    found = {(plain_name(name), shape) for name, shape in shapes.items() if name not in biases}
+    found = {(published_name(name), shape) for name, shape in shapes.items() if name not in biases}
     missing = {_named(pair) for pair in expected - found if not _OPTIONAL.search(pair[0])}
     unknown = {_named(pair) for pair in found - expected if not _BUFFERS.search(pair[0])}
     return tuple(sorted(missing)), tuple(sorted(unknown))
@@ -203,7 +203,7 @@ def quantisation_of(findings: Findings) -> dict | None:
         return None
     linear = packing.linears[0]
     num_inputs, num_groups = (
-        findings.shapes[plain_name(f"{linear}.weight")][1],
+        findings.shapes[published_name(f"{linear}.weight")][1],
         findings.headers[f"{linear}.scales"].shape[0],
     )
     return {
@@ -273,21 +273,16 @@ def picture_costs(
     Args:
         num_bytes: of one value, 2 for bfloat16 and float16.
     """
-    if not config.is_tiled:
-        return [_cost(config, None, (1, 1), num_square_tokens(config.tile_tokens_per_side), num_bytes)]
-    costs = []
-    for hd_num in sorted({*_BUDGETS, config.hd_num}):
-        layout = LAYOUTS[config.version]
-        grid = plan_tiles(*size, tile_size=config.img_size, hd_num=hd_num, layout=layout).grid
-        tokens = num_image_tokens(*grid, config.tile_tokens_per_side)
-        costs.append(_cost(config, hd_num, grid, tokens, num_bytes))
-    return costs
+    budgets = sorted({*_BUDGETS, config.hd_num}) if config.is_tiled else [None]
+    return [_cost(config, size, hd_num, num_bytes) for hd_num in budgets]
 
 
 def _cost(
-    config: InternLMXcomposer2Config, hd_num: int | None, grid: tuple[int, int], tokens: int, num_bytes: int
+    config: InternLMXcomposer2Config, size: tuple[int, int], hd_num: int | None, num_bytes: int
 ) -> PictureCost:
     text, vision = config.text_config, config.vision_config
+    grid = grid_of_image(config, *size, hd_num)
+    tokens = tokens_of_grid(config, grid)
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * tokens * num_bytes
     decoder = tokens * 4 * (text.hidden_size + text.intermediate_size) * num_bytes
     tiles = min(grid[0] * grid[1] + config.is_tiled, MAX_TILES_PER_BATCH)

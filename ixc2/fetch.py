@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, HfFileSystem, snapshot_download
 
-from .checkpoint_internlm_xcomposer2 import (
+from ..checkpoint_internlm_xcomposer2 import (
     INDEX_FILES,
     SAFETENSORS_DTYPES,
     WEIGHT_FILES,

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from .checkpoint_internlm_xcomposer2 import INDEX_FILES, TensorHeader, load_torch_file
+from ..checkpoint_internlm_xcomposer2 import INDEX_FILES, TensorHeader, load_torch_file
 
 INDEX = INDEX_FILES[0]
 

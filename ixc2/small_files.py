@@ -1,29 +1,37 @@
 """The small files of an adopted checkpoint: configurations, tokenizer, processor, template, modules."""
 
+import ast
 import copy
 import json
 import tempfile
-from importlib import import_module
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .auto_internlm_xcomposer2 import REWARD_AUTO_MAP
-from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
-from .image_processor_internlm_xcomposer2 import InternLMXComposer2ImageProcessor
-from .inspect_internlm_xcomposer2 import Findings
-from .tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
-from .weight_shapes_internlm_xcomposer2 import is_reward
+from ..configuration_internlm_xcomposer2 import (
+    CONFIG_AUTO_MAP,
+    IMAGE_PROCESSOR_AUTO_MAP,
+    REWARD_AUTO_MAP,
+    TOKENIZER_AUTO_MAP,
+    InternLMXcomposer2Config,
+    is_reward,
+)
+from ..image_processing_internlm_xcomposer2 import InternLMXComposer2ImageProcessor
+from ..processing_internlm_xcomposer2 import InternLMXComposer2Processor
+from ..tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
+from .examine import Findings
 
-# What lies beside this module: the files of nano, which say where each class is found.
-PACKAGE = Path(__file__).resolve().parent
-_CONFIGURATIONS = ("config.json", "tokenizer_config.json")
+# The modules of the package, and the files of nano beside them.
+PACKAGE = Path(__file__).resolve().parents[1]
 _PROCESSOR_FILES = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "processor_config.json",
     "chat_template.jinja",
 )
+# LMDeploy tells the versions by which of the published transforms it finds in this module.
+_TRANSFORMS = "ixc_utils.py"
+FOREIGN_TRANSFORMS = {"2": ("Image_transform", "HD_transform"), "2-4khd": ("Image_transform",)}
 # Files of a checkpoint that travel with its weights unchanged.
 _TRAVELLING = ("LICENSE*", "NOTICE*", "README.md", "quantize_config.json", "quant_config.json")
 # What a published generation_config.json says of other things: `max_length` limits a prompt there.
@@ -40,10 +48,10 @@ def describe_checkpoint(
 
     Raises:
         FileNotFoundError: `tokenizer` doesn't exist.
-        ValueError: the vocabulary is none of this family, or doesn't fit the weights.
+        ValueError: the vocabulary is not of this family, or doesn't fit the weights.
     """
     notes: list[str] = []
-    files = {path.name: path.read_bytes() for path in _modules()}
+    files = _modules(findings.config.version)
     for pattern in _TRAVELLING:
         files |= {path.name: path.read_bytes() for path in findings.source.glob(pattern) if path.is_file()}
     files |= _tokenizer_files(findings, tokenizer, notes)
@@ -55,42 +63,39 @@ def describe_checkpoint(
     return files, tuple(notes)
 
 
-def auto_maps() -> dict[str, dict]:
-    """File of the package -> the `auto_map` in it."""
-    paths = [PACKAGE / name for name in (*_CONFIGURATIONS, *_PROCESSOR_FILES) if name.endswith(".json")]
-    found = {path.name: _read_json(path).get("auto_map") for path in paths if path.is_file()}
-    return {name: auto_map for name, auto_map in found.items() if auto_map}
+def _modules(version: str) -> dict[str, bytes]:
+    """The modules that remote code reaches from the classes named in an adopted directory, by name."""
+    entries = [
+        *CONFIG_AUTO_MAP.values(),
+        *IMAGE_PROCESSOR_AUTO_MAP.values(),
+        TOKENIZER_AUTO_MAP["AutoTokenizer"][0],
+    ]
+    paths = {PACKAGE / f"{entry.split('.')[0]}.py" for entry in entries}
+    for path in list(paths):
+        paths |= {Path(imported) for imported in get_relative_import_files(path)}
+    files = {path.name: path.read_bytes() for path in sorted(paths)}
+    files[_TRANSFORMS] = without_functions(files[_TRANSFORMS], FOREIGN_TRANSFORMS.get(version, ()))
+    return files
 
 
-def class_for(auto_class: str) -> str | None:
-    """`module.Class` that the package names for an auto class, if any."""
-    for auto_map in auto_maps().values():
-        if auto_class in auto_map:
-            return next(iter(_references(auto_map[auto_class])))
-    return None
-
-
-def _references(entry: str | list[str | None]) -> list[str]:
-    return [entry] if isinstance(entry, str) else [reference for reference in entry if reference]
-
-
-def _modules() -> list[Path]:
-    """The modules that remote code reaches from the classes named in the auto maps."""
-    entries = [entry for auto_map in auto_maps().values() for entry in auto_map.values()]
-    names = {reference.split(".")[0] for entry in entries for reference in _references(entry)}
-    found = {PACKAGE / f"{name}.py" for name in names}
-    for path in list(found):
-        found |= {Path(imported) for imported in get_relative_import_files(path)}
-    return sorted(found)
+def without_functions(source: bytes, names: tuple[str, ...]) -> bytes:
+    """A module's source without its functions of these names."""
+    lines = source.splitlines(keepends=True)
+    for node in reversed(ast.parse(source).body):
+        if isinstance(node, ast.FunctionDef) and node.name in names:
+            del lines[node.lineno - 1 : node.end_lineno]
+    return b"".join(lines)
 
 
 def _read_json(path: Path) -> dict:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}; mend or remove it") from error
+        raise ValueError(f"{path} is not JSON: {error}; correct or remove it") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__} and not fields by name; mend or remove it")
+        raise ValueError(
+            f"{path} holds a {type(fields).__name__} and not fields by name; correct or remove it"
+        )
     return fields
 
 
@@ -112,7 +117,7 @@ def _fields_beside(findings: Findings, name: str, notes: list[str]) -> dict:
 
 def _config_bytes(findings: Findings) -> bytes:
     config = copy.deepcopy(findings.config)
-    config.auto_map = REWARD_AUTO_MAP if is_reward(findings.headers) else auto_maps()["config.json"]
+    config.auto_map = REWARD_AUTO_MAP if is_reward(findings.headers) else CONFIG_AUTO_MAP
     config.architectures = [config.auto_map["AutoModel"].rsplit(".", 1)[1]]
     if findings.dtype.is_floating_point:
         config.dtype = findings.dtype
@@ -146,7 +151,7 @@ def _tokenizer_files(findings: Findings, given: Path | None, notes: list[str]) -
         if (findings.source / name).is_file():
             files[name] = (findings.source / name).read_bytes()
     if given is not None and not given.is_file():
-        raise FileNotFoundError(f"{given} is no file; --tokenizer takes a tokenizer.model")
+        raise FileNotFoundError(f"{given} is not a file; --tokenizer takes a tokenizer.model")
     path = given or findings.source / "tokenizer.model"
     if path.is_file():
         files["tokenizer.model"] = path.read_bytes()
@@ -191,6 +196,4 @@ def _check_by_loading(files: dict[str, bytes], findings: Findings) -> None:
                 f"tokenizer.model has {tokenizer.vocab_size} pieces, but the weights have {num_rows} "
                 "embeddings: it belongs to another checkpoint; name the right one with --tokenizer"
             )
-        if reference := class_for("AutoProcessor"):
-            module, name = reference.rsplit(".", 1)
-            getattr(import_module(f".{module}", __package__), name).from_pretrained(folder)
+        InternLMXComposer2Processor.from_pretrained(folder)

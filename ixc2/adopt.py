@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .checkpoint_internlm_xcomposer2 import INDEX_FILES, read_headers
-from .convert_internlm_xcomposer2 import INDEX, Piece, convert, index_of, plan_pieces
-from .description_internlm_xcomposer2 import describe_checkpoint, json_bytes
-from .inspect_internlm_xcomposer2 import Findings, examine
+from ..checkpoint_internlm_xcomposer2 import INDEX_FILES, read_headers
+from .convert import INDEX, Piece, convert, index_of, plan_pieces
+from .examine import Findings, examine
+from .small_files import describe_checkpoint, json_bytes
 
 MARKER = "ixc2_adopted.json"  # in an adopted directory: where it came from, and what was written
 MAX_SHARD_SIZE = "5GB"
