@@ -1,9 +1,12 @@
-# make demo   questions about the pictures in examples/, with the model's answers
-# make test   the tests, on a CPU and offline
-# make nano   trains nano from scratch into the root, in about 3.5 hours on two cores (docs/nano.md)
+# make demo          questions about the pictures in examples/, with the model's answers
+# make test          the tests, on a CPU and offline
+# make test-newest   the same with the newest releases of everything, in a fresh environment
+# make test-oldest   the same with the oldest releases that pyproject.toml admits
+# make lock          renews constraints.txt, which says what the first two install
+# make nano          trains nano from scratch into the root, in about 3.5 hours on two cores (docs/nano.md)
 #
-# All create .venv once and reuse it. TORCH is the torch requirement to install: the default is what pip
-# takes for this machine, `TORCH=torch==2.13.0` pins a version.
+# demo, test and nano create .venv once and reuse it. TORCH is the torch requirement to install, which no lock
+# names: the default is what pip takes for this machine, `TORCH=torch==2.13.0` pins a version.
 # PYTHON names the interpreter (3.10 or newer), ARGS is passed on.
 
 TORCH ?= torch
@@ -24,13 +27,35 @@ KEY := $(firstword $(shell echo '$(TORCH)' | cksum))
 DEMO := .venv/.demo-$(KEY)
 TEST := .venv/.test-$(KEY)
 
-.PHONY: demo test nano clean
+# What an environment gets from the package's own requirements, beside torch
+NO_TORCH := torch ; python_version < '3'
+COMPILE := pip compile --quiet --custom-compile-command 'make lock' --override /dev/stdin
+
+.PHONY: demo test test-newest test-oldest lock nano clean
 
 demo: $(DEMO)
 	.venv/bin/python examples/demo.py $(ARGS)
 
 test: $(TEST)
 	.venv/bin/python -m pytest $(ARGS)
+
+test-newest: ENV := .venv-newest
+test-newest: fresh
+	$(ENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	$(ENV)/bin/python -m pytest $(ARGS)
+
+test-oldest: ENV := .venv-oldest
+test-oldest: fresh
+	$(ENV)/bin/python -m pip install --quiet uv
+	echo "$(NO_TORCH)" | $(ENV)/bin/uv $(COMPILE) --resolution lowest-direct --extra dev pyproject.toml \
+		--python $(ENV)/bin/python --output-file $(ENV)/constraints.txt
+	$(ENV)/bin/python -m pip install --quiet --constraint $(ENV)/constraints.txt --editable '.[dev]'
+	$(ENV)/bin/python -m pytest $(ARGS)
+
+lock: .venv/.created
+	.venv/bin/python -m pip install --quiet uv
+	echo "$(NO_TORCH)" | .venv/bin/uv $(COMPILE) --universal --python-version 3.10 --upgrade \
+		--no-annotate --extra dev --extra video pyproject.toml --output-file constraints.txt
 
 nano: $(DEMO)
 	$(STAGE) dense --output_dir runs/dense --max_steps 1150 --per_device_train_batch_size 64
@@ -45,16 +70,26 @@ nano: $(DEMO)
 	.venv/bin/python evaluation/nano_accuracy.py $(ARGS)
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-newest .venv-oldest
 
-.venv/.created:
+.PHONY: .python
+.python:
 	@test -n '$(PYTHON)' || { echo 'Python 3.10 or newer is needed; name one with PYTHON=...' >&2; exit 1; }
+
+.venv/.created: | .python
 	$(PYTHON) -m venv .venv
 	@touch $@
 
 $(DEMO): EXTRA := video
 $(TEST): EXTRA := dev
-$(DEMO) $(TEST): pyproject.toml | .venv/.created
+$(DEMO) $(TEST): pyproject.toml constraints.txt | .venv/.created
 	.venv/bin/python -m pip install --quiet '$(TORCH)'
-	.venv/bin/python -m pip install --quiet --editable '.[$(EXTRA)]'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRA)]'
 	@touch $@
+
+# A new environment in ENV, with torch alone
+.PHONY: fresh
+fresh: .python
+	rm -rf $(ENV)
+	$(PYTHON) -m venv $(ENV)
+	$(ENV)/bin/python -m pip install --quiet '$(TORCH)'

@@ -433,6 +433,12 @@ class PLoRA(nn.Module):
             output = self._add_low_rank(output, x, f"lora_{name}")
         return output
 
+    def freeze_low_rank(self) -> None:
+        """Train neither Partial LoRA nor the task adapters."""
+        for name, child in self.named_children():
+            if name.startswith(("Plora_", "lora_")):
+                child.requires_grad_(False)
+
     def _add_on_rows(self, output: Tensor, x: Tensor, rows: Tensor | slice) -> Tensor:
         """The low-rank product of some rows, added to them: in place, unless gradients are wanted."""
         x, flat = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
@@ -495,13 +501,13 @@ def introduce_to_peft() -> None:
 
     peft knows linears by their class, and has `_register_custom_module` for others, per configuration. This
     calls it for whoever names a `PLoRA`. The adapter then sits where that of the published training sits,
-    under the same names, and acts on all tokens. Does nothing until peft is imported.
+    under the same names, acts on all tokens and trains alone. Does nothing until peft is imported.
     """
     lora = sys.modules.get("peft.tuners.lora")
     # Remote code makes copies of this file, each with a class of its own.
     if lora is None or PLoRA in (known := getattr(lora.LoraModel, "_plora_classes", ())):
         return
-    create = lora.LoraModel._create_new_module
+    create, mark = lora.LoraModel._create_new_module, lora.LoraModel._mark_only_adapters_as_trainable
 
     class PLoRAWithLora(lora.Linear):
         """peft's layer around a `PLoRA`."""
@@ -528,5 +534,12 @@ def introduce_to_peft() -> None:
             warnings.filterwarnings("ignore", message="Unsupported layer type")
             return create(lora_config, adapter_name, target, **kwargs)
 
+    def mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        mark(self, model)
+        for module in model.modules():
+            if isinstance(module, PLoRA):
+                module.freeze_low_rank()  # before 0.21 peft takes "lora_" in a name for its own
+
     lora.LoraModel._create_new_module = staticmethod(create_new_module)
+    lora.LoraModel._mark_only_adapters_as_trainable = mark_only_adapters_as_trainable
     lora.LoraModel._plora_classes = (*known, PLoRA)

@@ -518,6 +518,13 @@ def published_name(name: str) -> str:
     return re.sub(r"\.linear\.(\w+)$", r".\1", name)
 
 
+def our_name(name: str) -> str:
+    """A tensor's name in the model, from its published one or its own."""
+    for published, ours in PUBLISHED_KEYS.items():
+        name = re.sub(published, ours, name)
+    return name
+
+
 def is_reward(names: Collection[str]) -> bool:
     """Whether tensors of these names are a reward model's: a score head in place of the output head."""
     return "score.weight" in names and "output.weight" not in names

@@ -46,6 +46,7 @@ from .configuration_internlm_xcomposer2 import (
     InternLMXcomposer2Config,
     check_infer_mode,
     is_reward,
+    our_name,
 )
 from .embedding_methods_internlm_xcomposer2 import EmbeddingMethodsMixin
 
@@ -78,6 +79,13 @@ from .reward_internlm_xcomposer2 import RewardMixin, last_positions, pairwise_lo
 from .writing_internlm_xcomposer2 import WritingMixin
 
 logger = logging.get_logger(__name__)
+
+
+def _accept_published_names(module: nn.Module, state_dict: dict, prefix: str, *args) -> None:
+    """Let `load_state_dict` take the published names too, as the checkpoints of a trainer have them."""
+    for name in list(state_dict):
+        if name.startswith(prefix) and (ours := our_name(name)) != name:
+            state_dict[ours] = state_dict.pop(name)
 
 
 class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel):
@@ -131,6 +139,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
         """
         if packed is not None:
             pack_linears(self, *packed)
+        self.register_load_state_dict_pre_hook(_accept_published_names)
         self.post_init()
 
     # ---- loading and saving ----

@@ -1,6 +1,5 @@
 """LoRA and QLoRA on the decoder, by peft."""
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,9 +8,6 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from .arguments import LORA_TARGETS, ModelArguments
-
-# A published adapter sits on the linear itself, ours on the plain linear in it: the same product.
-_PUBLISHED_KEY = re.compile(r"\.(wqkv|wo|w1|w2|w3)\.(lora_[AB]\.)")
 
 
 def import_peft():
@@ -28,28 +24,22 @@ def import_peft():
 
 
 def target_modules(names: Iterable[str]) -> list[str]:
-    """The names that peft needs for these linears of the decoder.
+    """The decoder's linears that these names mean, as published (`attention.wqkv`).
 
     Args:
-        names: as published (`attention.wqkv`), or of the plain linear in it (`attention.wqkv.linear`).
+        names: as published, with or without the first part, or followed by `.linear`.
 
     Raises:
         ValueError: a name is none of the decoder's linears, or there is none.
     """
-    names = list(names)
-    found = our_targets(names)
-    unknown = [name for name, ours in zip(names, found, strict=True) if not ours.endswith(".linear")]
-    if unknown or not names:
-        wrong = ", ".join(unknown) or "none"
-        raise ValueError(f"--lora_target_modules takes some of {', '.join(LORA_TARGETS)}, not {wrong}")
-    return list(dict.fromkeys(found))
-
-
-def our_targets(names: Iterable[str]) -> list[str]:
-    """Names of the decoder's linears as the plain linears in them; all other names as they are."""
     known = {short: name for name in LORA_TARGETS for short in (name, name.split(".")[1])}
-    plain = [name.removesuffix(".linear") for name in names]
-    return [f"{known[name]}.linear" if name in known else name for name in plain]
+    names = list(names)
+    wrong = [name for name in names if name.removesuffix(".linear") not in known]
+    if wrong or not names:
+        raise ValueError(
+            f"--lora_target_modules takes some of {', '.join(LORA_TARGETS)}, not {', '.join(wrong) or 'none'}"
+        )
+    return list(dict.fromkeys(known[name.removesuffix(".linear")] for name in names))
 
 
 def quantization(arguments: ModelArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -91,22 +81,7 @@ def add_lora(
         bias="none",
         task_type=task,
     )
-    wrapped = peft.get_peft_model(model, config)
-    # peft finds its weights by "lora_" in their names, which Plora_A and lora_sft_A hold as well.
-    for name, weight in wrapped.named_parameters():
-        weight.requires_grad_(_is_peft_weight(name))
-    return wrapped
-
-
-def _is_peft_weight(name: str) -> bool:
-    return name.endswith((".lora_A.default.weight", ".lora_B.default.weight")) or (
-        ".modules_to_save.default." in name
-    )
-
-
-def our_adapter_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of an adapter under our names: those of the published training sit one level higher."""
-    return {_PUBLISHED_KEY.sub(r".\1.linear.\2", name): value for name, value in weights.items()}
+    return peft.get_peft_model(model, config)
 
 
 def load_adapter(model: PreTrainedModel, directory: Path) -> nn.Module:
@@ -114,7 +89,7 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: the directory holds no adapter of peft.
-        ValueError: the adapter is none of LoRA, or its weights don't fit the model.
+        ValueError: the adapter isn't LoRA, or its weights don't fit the model.
     """
     peft = import_peft()
     if not (directory / "adapter_config.json").is_file():
@@ -126,9 +101,7 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> nn.Module:
         )
     if not model.can_generate() and config.task_type == "CAUSAL_LM":  # so in the published reward training
         config.task_type = None
-    if not isinstance(config.target_modules, str):  # a regular expression stays
-        config.target_modules = our_targets(config.target_modules)
-    weights = our_adapter_keys(peft.utils.load_peft_weights(str(directory), device="cpu"))
+    weights = peft.utils.load_peft_weights(str(directory), device="cpu")
     try:
         wrapped = peft.get_peft_model(model, config)
         unknown = peft.set_peft_model_state_dict(wrapped, weights).unexpected_keys

@@ -1,11 +1,8 @@
 """transformers' `Trainer`, fitted to this model's checkpoints, batches and parts."""
 
 import re
-from pathlib import Path
 
 import torch
-from internlm_xcomposer2.configuration_internlm_xcomposer2 import PUBLISHED_KEYS
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -13,12 +10,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from .arguments import TrainArguments
 from .freezing import count_trained, part_of
 
-_INDEX = "model.safetensors.index.json"
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 class FinetuneTrainer(Trainer):
-    """A `Trainer` that trains in one inference mode and reads its own checkpoints back.
+    """A `Trainer` that trains in one inference mode, by lengths counted beforehand.
 
     Args:
         infer_mode: `"base"`, `"write"` or `"web"`, for every batch.
@@ -37,8 +33,9 @@ class FinetuneTrainer(Trainer):
         self.model.config.use_cache = use_cache  # `Trainer` turns it off, in checkpoints too
         self.infer_mode = infer_mode
 
-    def _prepare_inputs(self, inputs: dict) -> dict:
-        return {**super()._prepare_inputs(inputs), "infer_mode": self.infer_mode}
+    def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs):
+        """As the base class, in `infer_mode`."""
+        return super().compute_loss(model, {**inputs, "infer_mode": self.infer_mode}, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
         """As the base class.
@@ -71,56 +68,6 @@ class FinetuneTrainer(Trainer):
             size = self.args.train_batch_size * self.args.gradient_accumulation_steps
             return LengthGroupedSampler(size, dataset=dataset, lengths=dataset.lengths)
         return super()._get_train_sampler(train_dataset)
-
-    # ---- checkpoints: written in the published layout, whose names `Trainer` can't read back ----
-
-    @property
-    def _reads_whole_models(self) -> bool:
-        """Whether a checkpoint is one whole model, and not an adapter or the shares of several processes."""
-        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(self.model, "peft_config"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._reads_whole_models:
-            load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if self._reads_whole_models:
-            load_weights(self.model, Path(self.state.best_model_checkpoint))
-        else:
-            super()._load_best_model()
-
-
-def load_weights(model: nn.Module, directory: Path) -> None:
-    """Load a checkpoint in the published layout into a model in place.
-
-    Raises:
-        FileNotFoundError: the directory holds no weights.
-        ValueError: the weights are another model's.
-    """
-    paths = sorted(directory.glob("model*.safetensors"))
-    if not paths:
-        raise FileNotFoundError(f"{directory} holds no model*.safetensors")
-    missing = set(model.state_dict())
-    for path in paths:
-        weights = {our_name(name): value for name, value in load_file(path).items()}
-        try:
-            unknown = model.load_state_dict(weights, strict=False).unexpected_keys
-        except RuntimeError as error:
-            raise ValueError(f"{path} doesn't fit the model: {error}") from error
-        if unknown:
-            raise ValueError(f"{path} doesn't fit the model: it has no {', '.join(unknown[:8])}")
-        missing -= weights.keys()
-    if missing:
-        raise ValueError(f"{directory} lacks {len(missing)} weights: {', '.join(sorted(missing)[:8])}")
-
-
-def our_name(name: str) -> str:
-    """Published name of a weight -> its name in the model."""
-    for published, ours in PUBLISHED_KEYS.items():
-        name = re.sub(published, ours, name)
-    return name
 
 
 def split_groups(optimizer: torch.optim.Optimizer, chosen: set[int], learning_rate: float) -> None:

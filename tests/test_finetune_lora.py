@@ -12,6 +12,7 @@ from finetune_helpers import FAST, LORA, TASKS, losses, run, weights_of, write_b
 from helpers import ROOT, picture_inputs, tiny_model
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
 
 from finetune import train as training
 from finetune.arguments import LORA_TARGETS, ModelArguments
@@ -51,12 +52,9 @@ def logits_of(model):
 
 
 def test_targets_are_accepted_under_their_published_names():
-    ours = [f"{name}.linear" for name in LORA_TARGETS]
-    assert target_modules(LORA_TARGETS) == target_modules(ours) == ours
-    assert target_modules(["wqkv", "attention.wqkv", "w2"]) == [
-        "attention.wqkv.linear",
-        "feed_forward.w2.linear",
-    ]
+    plain = [f"{name}.linear" for name in LORA_TARGETS]
+    assert target_modules(LORA_TARGETS) == target_modules(plain) == list(LORA_TARGETS)
+    assert target_modules(["wqkv", "attention.wqkv", "w2"]) == ["attention.wqkv", "feed_forward.w2"]
     for names in (["output"], ["attention.wqkv.Plora_A"], []):
         with pytest.raises(ValueError, match="takes some of attention.wqkv"):
             target_modules(names)
@@ -70,7 +68,7 @@ def test_lora_trains_nothing_that_is_merely_called_lora(fix_sampler):
     freeze(model, arguments)
     wrapped = add_lora(model, arguments)
     trained = {name for name, weight in wrapped.named_parameters() if weight.requires_grad}
-    lora = {name for name in trained if re.search(r"\.(wqkv|wo|w[123])\.linear\.lora_[AB]\.default\.", name)}
+    lora = {name for name in trained if re.search(r"\.(wqkv|wo|w[123])\.lora_[AB]\.default\.", name)}
     assert len(lora) == 2 * 5 * 2
     assert {name for name in trained - lora if "vision_proj.modules_to_save" not in name} == set()
     assert len(trained - lora) == (0 if fix_sampler else 4)
@@ -91,18 +89,87 @@ def test_merging_is_exact_and_leaves_a_complete_checkpoint(base, adapter, tmp_pa
     assert "library_name: transformers" in card and "| lora_r | 4 |" in card and "peft" not in card
 
 
-def test_an_adapter_of_the_published_training_merges_to_the_same(base, adapter, tmp_path):
-    published = shutil.copytree(adapter, tmp_path / "published")
-    config = json.loads((published / "adapter_config.json").read_text())
-    config["target_modules"] = list(LORA_TARGETS)
-    (published / "adapter_config.json").write_text(json.dumps(config))
-    weights = load_file(published / "adapter_model.safetensors")
-    renamed = {name.replace(".linear.lora_", ".lora_"): value for name, value in weights.items()}
-    assert renamed.keys() != weights.keys()
-    save_file(renamed, published / "adapter_model.safetensors")
+def test_an_adapter_on_the_plain_linears_merges_to_the_same(base, adapter, tmp_path):
+    """Where earlier releases put it."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    names = {re.sub(r"\.layers\.\d+", "", name) for name in weights if "lora_" in name}
+    assert names == {
+        f"base_model.model.model.{name}.lora_{side}.weight" for name in LORA_TARGETS for side in "AB"
+    }
+    plain = shutil.copytree(adapter, tmp_path / "plain")
+    config = json.loads((plain / "adapter_config.json").read_text())
+    config["target_modules"] = [f"{name}.linear" for name in LORA_TARGETS]
+    (plain / "adapter_config.json").write_text(json.dumps(config))
+    renamed = {name.replace(".lora_", ".linear.lora_"): value for name, value in weights.items()}
+    save_file(renamed, plain / "adapter_model.safetensors")
     one = load_adapter(model_of(base), adapter).merge_and_unload().state_dict()
-    other = load_adapter(model_of(base), published).merge_and_unload().state_dict()
+    other = load_adapter(model_of(base), plain).merge_and_unload().state_dict()
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- peft, without our command ----
+
+
+def published_lora(**fields):
+    """As the published `finetune_lora.sh` and the trainers of others have it."""
+    peft = pytest.importorskip("peft")
+    names = {"r": 4, "lora_alpha": 8, "bias": "none", "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    return peft, peft.LoraConfig(target_modules=list(LORA_TARGETS), **{**names, **fields})
+
+
+def test_peft_takes_the_published_names_and_trains_its_own_weights_alone():
+    peft, config = published_lora()
+    model = tiny_model("2.5", task_adapters=TASKS)
+    wrapped = peft.get_peft_model(model, config)
+    trained = {name for name, weight in wrapped.named_parameters() if weight.requires_grad}
+    assert trained == {
+        f"base_model.model.model.layers.{layer}.{name}.lora_{side}.default.weight"
+        for layer in range(2)
+        for name in LORA_TARGETS
+        for side in "AB"
+    }
+
+
+def test_what_peft_saves_has_the_published_names_and_loads(tmp_path):
+    peft, config = published_lora()
+    torch.manual_seed(5)
+    wrapped = peft.get_peft_model(tiny_model("2.5"), config).eval()
+    expected = logits_of(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.0.attention.wqkv.lora_A.weight" in names
+    plain = tiny_model("2.5")
+    before = logits_of(plain)
+    loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    assert torch.equal(logits_of(loaded), expected) and not torch.allclose(before, expected, atol=0.01)
+    with loaded.disable_adapter():
+        torch.testing.assert_close(logits_of(loaded), before, rtol=0, atol=1e-6)
+    merged = loaded.merge_and_unload(safe_merge=True)
+    assert type(merged) is type(plain) and merged.state_dict().keys() == tiny_model("2.5").state_dict().keys()
+    torch.testing.assert_close(logits_of(merged), expected, rtol=0, atol=1e-5)
+
+
+def test_a_generated_answer_and_its_reuse_are_those_of_the_merged_weights(tmp_path):
+    peft, config = published_lora()
+    torch.manual_seed(5)
+    wrapped = peft.get_peft_model(tiny_model("2.5"), config).eval()
+    inputs = picture_inputs(wrapped.base_model.model, [(1, 2)])
+    answer = wrapped.generate(**inputs, max_new_tokens=8, do_sample=False)
+    merged = wrapped.merge_and_unload()
+    assert torch.equal(merged.generate(**inputs, max_new_tokens=8, do_sample=False), answer)
+
+
+def test_merging_into_quantised_weights_is_refused(base):
+    peft, config = published_lora()
+    model = InternLMXComposer2ForCausalLM.from_pretrained(
+        base, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    wrapped = peft.get_peft_model(model, config)
+    with pytest.raises(ValueError, match="without quantization_config and merge into that"):
+        wrapped.merge_and_unload()
+
+
+# ---- what is refused ----
 
 
 def test_what_can_not_be_merged_is_named(base, adapter, tmp_path, monkeypatch):
@@ -140,7 +207,7 @@ def test_a_quantised_base_trains_an_adapter_for_the_whole_one(base, rows, tmp_pa
         if weight.is_floating_point()
     }
     assert types == {True: torch.float32, False: torch.bfloat16}
-    linear = trainer.model.base_model.model.model.layers[0].feed_forward.w1.linear.base_layer
+    linear = trainer.model.base_model.model.model.layers[0].feed_forward.w1.base_layer.linear
     assert linear.weight.dtype == torch.uint8 and linear.weight.quant_type == "nf4"
     merge(tmp_path / "final", tmp_path / "merged", dtype="float32")
     before, after = weights_of(base), weights_of(tmp_path / "merged")

@@ -19,14 +19,13 @@ from finetune_helpers import (
 )
 from helpers import picture_inputs, tiny_model
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import Trainer
 
 from finetune import train as training
 from finetune.arguments import ModelArguments
 from finetune.card import Facts, card_text
 from finetune.freezing import freeze, part_of, trained_parts
-from finetune.trainer import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -185,16 +184,26 @@ def test_resuming_goes_on_with_the_same_losses(rows, tmp_path, flags):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_checkpoints_of_another_model_are_not_loaded(base, tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no model"):
-        load_weights(tiny_model("2.5"), tmp_path)
-    with pytest.raises(ValueError, match="doesn't fit the model"):
-        load_weights(tiny_model("2.5"), base)
-    weights = load_file(base / "model.safetensors")
-    del weights["plora_sub_GN"]
-    save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="lacks 1 weights: plora_sub_GN"):
-        load_weights(InternLMXComposer2ForCausalLM.from_pretrained(base), tmp_path)
+def test_a_state_dict_is_loaded_under_published_names_too(base):
+    """A trainer reads its checkpoints back with `load_state_dict`."""
+    model = InternLMXComposer2ForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    published = load_file(base / "model.safetensors")
+    lacking = published.pop("model.layers.0.attention.wo.weight")
+    assert model.load_state_dict(published, strict=False) == (
+        ["model.layers.0.attention.wo.linear.weight"],
+        [],
+    )
+    published["model.layers.0.attention.wo.weight"] = lacking
+    model.load_state_dict(published)
+    assert all(
+        torch.equal(value, weight)
+        for value, weight in zip(weights_of(base).values(), model.state_dict().values(), strict=True)
+    )
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        tiny_model("2.5").load_state_dict(published)
 
 
 # ---- along the way ----
