@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPPreTrainedModel, CLIPVisionEmbeddings
@@ -313,7 +314,7 @@ def is_sharded(module: nn.Module) -> bool:
     They put it together for each call, so that each of them must call the module equally often.
     """
     weight = next(module.parameters(), None)
-    return hasattr(weight, "placements") or hasattr(weight, "ds_id")  # marks of DTensor and of DeepSpeed
+    return hasattr(weight, "placements") or is_deepspeed_zero3_enabled()  # a DTensor has placements
 
 
 def is_frozen(module: nn.Module) -> bool:
