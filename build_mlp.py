@@ -1,7 +1,9 @@
 """Vision tower, 2x2 merge, projector and the Partial LoRA linear. Built from a configuration, unloaded."""
 
+import functools
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -28,6 +30,8 @@ def outside_autocast(x: Tensor) -> AbstractContextManager:
     sum would differ. Weights in float32 stay under autocast, which is there for them.
     """
     kind = x.device.type
+    if kind == "meta":  # offloaded weights, which the accelerator computes with where there is one
+        kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if (
         x.dtype in HALF_TYPES
         and torch.is_autocast_enabled(kind)
@@ -35,6 +39,17 @@ def outside_autocast(x: Tensor) -> AbstractContextManager:
     ):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
+
+
+def leaves_autocast(method: Callable) -> Callable:
+    """Let a method of a model leave autocast as `outside_autocast` does, by the type of its weights."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        with outside_autocast(self.model.tok_embeddings.weight):
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 # ---- vision ----
@@ -255,7 +270,8 @@ class CLIPVisionTower(nn.Module):
         counts = [1 + rows * cols for rows, cols in grids]
         separator, newline = separator.to(features.device), newline.to(features.device)
         pieces = zip(features.split(counts), grids, strict=True)
-        return [assemble_tiles(piece, grid, separator, newline) for piece, grid in pieces]
+        with outside_autocast(features):
+            return [assemble_tiles(piece, grid, separator, newline) for piece, grid in pieces]
 
     def forward(
         self, images: Tensor | list[Tensor], glb_GN: Tensor | None = None, sub_GN: Tensor | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, StoppingCriteria, StoppingCriteriaList
 
+from .build_mlp import leaves_autocast
 from .image_processing_internlm_xcomposer2 import as_visuals, check_pixels, prepare_visuals
 from .media_internlm_xcomposer2 import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from .prompt_internlm_xcomposer2 import (
@@ -92,6 +93,7 @@ class EmbeddingMethodsMixin:
 
     # ---- pictures ----
 
+    @leaves_autocast
     def encode_img(self, image, hd_num: int | None = None) -> Tensor | list[Tensor] | None:
         """Pictures -> embeddings of the decoder.
 
@@ -148,6 +150,7 @@ class EmbeddingMethodsMixin:
 
     # ---- both ----
 
+    @leaves_autocast
     def prompt_wrap(self, img_embeds: Tensor, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
         """(pictures, tokens, hidden) set into the same prompt, which has one `<ImageHere>` and gets BOS.
 
@@ -165,6 +168,7 @@ class EmbeddingMethodsMixin:
         ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         return embeds, ones, torch.full_like(ones, IGNORED)
 
+    @leaves_autocast
     def interleav_wrap(
         self, img_list, text_list: Sequence, image_nums: Sequence[int] | None = None
     ) -> Embedded:
@@ -195,6 +199,7 @@ class EmbeddingMethodsMixin:
         features = self._encode_pictures([picture for pictures in rows for picture in pictures])
         return self._interleave_batch(texts, features)
 
+    @leaves_autocast
     def interleav_wrap_chat(self, *args, **kwargs) -> tuple:
         """A chat prompt with pictures -> what `generate` takes, in the form of the checkpoint's generation.
 

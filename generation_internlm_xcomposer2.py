@@ -20,6 +20,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
+from .build_mlp import leaves_autocast
 from .cache_internlm_xcomposer2 import (
     CACHE,
     GrowingCache,
@@ -115,6 +116,7 @@ class GenerateMixin:
         return [sequence], capture(begun.cache, tokens, begun.origin, length, self.reuse_limit)
 
     @torch.no_grad()
+    @leaves_autocast
     def _generate_answer(self, inputs: dict, **kwargs) -> Tensor:
         """Generate from the tensors of `batch_inputs` -> (sequences, new tokens), the prompts left out.
 
@@ -185,6 +187,7 @@ class GenerateMixin:
         return inputs
 
     @torch.no_grad()
+    @leaves_autocast
     def generate(
         self,
         inputs: Tensor | None = None,

@@ -24,8 +24,8 @@ from .build_mlp import (
     blank_picture,
     build_vision_projector,
     build_vision_tower,
+    leaves_autocast,
     must_see_pictures,
-    outside_autocast,
 )
 from .cache_internlm_xcomposer2 import CACHE, accepts_both_names
 from .chat_internlm_xcomposer2 import ChatMixin
@@ -279,6 +279,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
         """How many tiles each picture of a prompt may be cut into where the caller names no number."""
         return default_hd_num(self.config, num_pictures)
 
+    @leaves_autocast
     def get_image_features(
         self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
@@ -309,6 +310,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
             last_hidden_state=features, pooler_output=list(projected.split(counts))
         )
 
+    @leaves_autocast
     def embed_inputs(
         self,
         input_ids: Tensor,
@@ -446,6 +448,7 @@ class InternLMXComposer2ForCausalLM(
 
     @can_return_tuple
     @accepts_both_names
+    @leaves_autocast
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -509,8 +512,7 @@ class InternLMXComposer2ForCausalLM(
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept]
-        with outside_autocast(hidden):
-            logits = self.output(hidden)
+        logits = self.output(hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -565,6 +567,7 @@ class InternLMXComposer2ForSequenceClassification(RewardMixin, InternLMXComposer
 
     @can_return_tuple
     @accepts_both_names
+    @leaves_autocast
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -620,8 +623,7 @@ class InternLMXComposer2ForSequenceClassification(RewardMixin, InternLMXComposer
             mask = input_ids != self.config.pad_token_id
         last = last_positions(hidden.shape[1], None if mask is None else mask.to(hidden.device))
         hidden = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        with outside_autocast(hidden):
-            logits = self.score(hidden)
+        logits = self.score(hidden)
         loss = pairwise_loss(logits) if samples is not None else None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)

@@ -132,6 +132,41 @@ def test_the_directory_holds_what_a_user_needs_and_links_the_weights(tmp_path):
     assert not (tmp_path / "copied" / "model.safetensors").samefile(weights)
 
 
+TRANSFORMS_SEEN = """
+import sys
+from transformers.dynamic_module_utils import get_class_from_dynamic_module as get
+for name in ("Image_transform", "HD_transform", "Video_transform"):
+    try:
+        print(get(f"ixc_utils.{name}", sys.argv[1], trust_remote_code=True).__name__)
+    except Exception:
+        print("none")
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "seen"),
+    [
+        ("2", ["none", "none", "Video_transform"]),
+        ("2-4khd", ["none", "HD_transform", "Video_transform"]),
+        ("2.5", ["Image_transform", "HD_transform", "Video_transform"]),
+    ],
+)
+def test_a_loader_that_tells_versions_by_their_transforms_sees_the_published_ones(tmp_path, version, seen):
+    """As LMDeploy's does. The model itself doesn't miss what is left out."""
+    published_source(tmp_path / "source", version)
+    adopt(tmp_path / "source", tmp_path / "target")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", TRANSFORMS_SEEN, str(tmp_path / "target")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert run.stdout.split() == seen, run.stderr[-2000:]
+
+
 @pytest.mark.parametrize("refused", [["link"], ["link", "symlink"]])
 def test_without_links_of_one_kind_the_next_is_taken(tmp_path, monkeypatch, refused):
     published_source(tmp_path / "source")

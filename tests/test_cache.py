@@ -169,6 +169,32 @@ def test_generate_gives_the_same_with_it(model, settings):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_has_either_name_without_a_word(model, name, recwarn, caplog):
+    ids = torch.tensor([[1, 8, 9, 10]])
+    expected = model(ids).logits[:, -1]
+    for callee in (model, model.model):
+        given = GrowingCache(model.config)
+        callee(ids[:, :3], **{name: given}, use_cache=True)
+        assert given.get_seq_length() == 3
+    found = model(ids[:, 3:], **{name: given}).logits[:, -1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    given = GrowingCache(model.config)
+    arguments = {"max_new_tokens": 3, "do_sample": False}
+    answer = model.generate(ids, **{name: given}, **arguments)
+    assert torch.equal(answer, model.generate(ids, **arguments)) and given.get_seq_length() == 6
+    assert not [str(warning.message) for warning in recwarn if name in str(warning.message)]
+    assert not [record for record in caplog.records if name in record.message]
+
+
+@pytest.mark.parametrize("method", ["forward", "generate"])
+def test_two_caches_at_once_are_refused(model, method):
+    one, other = GrowingCache(model.config), GrowingCache(model.config)
+    with pytest.raises(ValueError, match="cache and past_key_values"):
+        getattr(model, method)(torch.tensor([[1, 8]]), cache=one, past_key_values=other)
+
+
+@torch.no_grad()
 def test_generate_uses_it_unless_told_otherwise(model):
     ids = torch.tensor([[1, 8, 9]])
     arguments = {"max_new_tokens": 2, "return_dict_in_generate": True}

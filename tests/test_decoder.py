@@ -81,6 +81,49 @@ def test_dynamic_frequencies_are_those_of_the_library(length):
     assert found_scale == scale
 
 
+def test_the_rotary_base_can_be_set():
+    """Engines write back what they read."""
+    config = tiny_config(rope_scaling={"type": "dynamic", "factor": 2.0})
+    text = config.text_config
+    text.rope_theta = text.rope_theta
+    assert text.rope_theta == 1_000_000 and text.rope_parameters["rope_type"] == "dynamic"
+    text.rope_theta = 10_000
+    assert config.rope_theta == 10_000 and text.rope_parameters["factor"] == 2.0
+    set_later = InternLM2RotaryEmbedding(text).frequencies(torch.tensor([5]))[0]
+    named = tiny_config(rope_theta=10_000, rope_scaling={"type": "dynamic", "factor": 2.0}).text_config
+    assert torch.equal(set_later, InternLM2RotaryEmbedding(named).frequencies(torch.tensor([5]))[0])
+    assert type(text)(**text.to_dict()).rope_theta == 10_000
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copies", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_a_long_prompt_is_rotated_for_its_whole_length(copies):
+    """In one pass: all but the last token first would be rotated for one position less."""
+    model = tiny_model("2.5", rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=32)
+    ids = torch.randint(7, 600, (1, 60), generator=torch.Generator().manual_seed(1))
+    lengths = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (
+            lengths.append((args[0] if args else kwargs["inputs_embeds"]).shape[1])
+            if kwargs.get("inputs_embeds") is not None
+            else lengths.append((args[0] if args else kwargs["input_ids"]).shape[1])
+        ),
+        with_kwargs=True,
+    )
+    torch.manual_seed(0)
+    model.generate(ids, max_new_tokens=2, min_new_tokens=2, **copies)
+    assert lengths == [60, 1]
+    expected = model(ids).logits[0, -1]
+    outputs = model.generate(
+        ids,
+        max_new_tokens=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **{**copies, "do_sample": False, "num_return_sequences": 1},
+    )
+    torch.testing.assert_close(outputs.logits[0][0], expected, rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_long_prompt_does_not_change_later_short_ones():
     model = tiny_model(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=32).model

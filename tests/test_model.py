@@ -201,6 +201,19 @@ def test_works_under_autocast_and_in_half_precision():
     assert half.generate(**inputs, **GREEDY).shape[1] > inputs["input_ids"].shape[1]
 
 
+@pytest.mark.parametrize("version", ["2", "2.5"])
+def test_weights_of_one_half_type_work_under_autocast_to_the_other(version):
+    """As the published cards have it: bfloat16 weights, autocast to float16."""
+    model = tiny_model(version)
+    inputs = pictures_and_ids(model, [(1, 2)] if version == "2.5" else [(1, 1)])
+    expected = model.to(torch.bfloat16)(**inputs).logits
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = model(**inputs).logits
+        answer = model.generate(**inputs, **GREEDY)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert torch.equal(answer, model.generate(**inputs, **GREEDY))
+
+
 def test_a_generated_image_token_is_no_picture():
     model = tiny_model("2.5")
     token = model.config.image_token_id

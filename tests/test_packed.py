@@ -210,6 +210,18 @@ def test_saving_writes_a_plain_published_checkpoint(tmp_path, tiny_packed):
     assert torch.equal(logits_of(again), expected)
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("suffix", ["", ".linear"])
+def test_saved_names_are_the_published_ones_whichever_the_packed_file_has(tmp_path, method, suffix):
+    model = tiny_model("2.5")
+    published = published_weights(model)
+    packed, _ = pack_checkpoint(published, method, suffix=suffix)
+    assert any(f".wqkv{suffix}.qweight" in name for name in packed)
+    write_published(tmp_path / "packed", packed, flat_config(model))
+    AutoModel.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "plain")
+    assert load_file(tmp_path / "plain" / "model.safetensors").keys() == published.keys()
+
+
 def test_dtypes(tmp_path, tiny_packed):
     packed, fields, _ = tiny_packed
     halves = {name: value.half() if value.is_floating_point() else value for name, value in packed.items()}

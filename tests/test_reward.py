@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -57,7 +58,8 @@ def reward(tokenizer):
 
 @pytest.fixture(scope="module")
 def pictures():
-    return [Image.effect_noise(size, 60).convert("RGB") for size in ((70, 50), (50, 150))]
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((50, 70), (150, 50))]
 
 
 def ask(question, answer, *earlier):
@@ -141,6 +143,14 @@ def test_rank_and_compare_follow_the_scores(reward, chats):
     assert reward.compare(*first, *second, hd_num=2) == (scores[0] > scores[1])
     assert reward.compare(*second, *first, hd_num=2) == (scores[1] > scores[0])
     assert not reward.compare(*first, *first, hd_num=2)
+
+
+def test_equal_conversations_tie_wherever_they_stand_in_a_batch(reward, chats):
+    """Rounding in a batch depends on what stands beside a row, so that each conversation is scored once."""
+    conversations, images = chats
+    for order in ([0, 1, 0, 0], [0, 0], [1, 0, 1, 0]):
+        scores = reward.get_scores([conversations[i] for i in order], [images[i] for i in order], hd_num=2)
+        assert all(len({scores[j] for j in range(len(order)) if order[j] == i}) == 1 for i in set(order))
     assert reward.rank([conversations[0]] * 3, [images[0]] * 3, hd_num=2) == [0, 1, 2]
 
 
