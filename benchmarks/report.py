@@ -27,9 +27,8 @@ RUNS = (
 )
 INTRODUCTION = """# Results
 
-Written by `python benchmarks/report.py`; `results.json` holds every number. Times are medians, with the
-least and the most behind them. "Ratio" is naive / ours: how many times as much it takes with the
-optimisations of this package switched off.
+Written by `python benchmarks/report.py`; `results.json` holds every number. Times are medians, followed
+by the range. "Ratio" is naive / ours, where "naive" has this package's optimisations switched off.
 
 {machine}
 
@@ -80,8 +79,8 @@ def section(report: dict) -> str:
     if "limits" in report:
         limits = report["limits"]
         parts.append(
-            f"The machine does {limits['gflops']} GFLOP/s in one large product and reads memory at "
-            f"{limits['gb_per_s']} GB/s; `share` is of these."
+            f"The machine does {limits['gflops']} GFLOP/s in one large matrix product and reads memory at "
+            f"{limits['gb_per_s']} GB/s; `share` is the fraction of these rates."
         )
     parts.append(table(report["rows"]))
     if report["ratios"]:

@@ -4,8 +4,8 @@
     python -m finetune.example measure --model . --data runs/example/test.jsonl
 
 `draw` writes pictures and conversations to train on, to evaluate on and to test on; `measure` asks a
-checkpoint the questions of a file through `chat` and counts the answers that are exactly right. README.md
-beside this file has the commands between the two.
+checkpoint the questions of a file through `chat` and counts the answers that are exactly right.
+docs/finetuning.md has the commands between the two.
 """
 
 import argparse

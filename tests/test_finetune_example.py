@@ -21,7 +21,7 @@ SHORTER = {
 
 def documented_commands() -> list[list[str]]:
     """The example's commands, without `python -m`."""
-    text = (ROOT / "finetune" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
     block = re.search(r"<!-- example -->\n```bash\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", " ")
     commands = [shlex.split(line) for line in block.splitlines()]
     assert all(command[:2] == ["python", "-m"] for command in commands)

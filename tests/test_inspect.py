@@ -107,11 +107,11 @@ def test_what_is_printed(tmp_path, capsys):
     assert "is no size such as" in capsys.readouterr().err
 
 
-def test_the_readme_shows_what_is_printed(monkeypatch, capsys):
+def test_the_documentation_shows_what_is_printed(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert main(["inspect", "."]) == 0
     shown = (
-        (ROOT / "README.md")
+        (ROOT / "docs" / "adopting.md")
         .read_text(encoding="utf-8")
         .split("ixc2 inspect .\n```\n\nIt prints:\n\n```\n")[1]
     )

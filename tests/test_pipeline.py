@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 from internlm_xcomposer2.configuration_internlm_xcomposer2 import CONFIG_AUTO_MAP
-from test_readme import offline_environment
+from test_docs import offline_environment
 from transformers import pipeline
 
 # A plain clone is on no path of this process, so that its files are read as remote code.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 from openai import APIStatusError, OpenAI
-from test_readme import blocks_of, offline_environment
+from test_docs import blocks_of, offline_environment
 from transformers import AutoModel, AutoTokenizer
 
 START, ANSWER = 300.0, 120.0  # seconds that the server may take
@@ -89,8 +89,8 @@ def test_an_answer_about_a_picture(client):
     assert completion.usage.prompt_tokens > 41  # the picture's tokens and the question's
 
 
-def test_the_client_in_the_readme_prints_what_it_says(client, monkeypatch, capsys):
-    blocks = blocks_of("README.md")
+def test_the_documented_client_prints_what_it_says(client, monkeypatch, capsys):
+    blocks = blocks_of("docs/processor.md")
     ((index, code),) = [(place, code) for place, (mark, _, code) in enumerate(blocks) if mark == "server"]
     url = str(client.base_url).removesuffix("/")
     assert "http://localhost:8000/v1" in code
