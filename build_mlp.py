@@ -1,6 +1,7 @@
 """Vision tower, 2x2 merge, projector and the Partial LoRA linear. Built from a configuration, unloaded."""
 
 import functools
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -450,12 +451,6 @@ class PLoRA(nn.Module):
             output = self._add_low_rank(output, x, f"lora_{name}")
         return output
 
-    def freeze_low_rank(self) -> None:
-        """Train neither Partial LoRA nor the task adapters."""
-        for name, child in self.named_children():
-            if name.startswith(("Plora_", "lora_")):
-                child.requires_grad_(False)
-
     def _add_on_rows(self, output: Tensor, x: Tensor, rows: Tensor | slice) -> Tensor:
         """The low-rank product of some rows, added to them: in place, unless gradients are wanted."""
         x, flat = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
@@ -512,6 +507,9 @@ def image_row_indices(im_mask: Tensor | None, device: torch.device) -> Tensor | 
 
 # ---- peft ----
 
+# Names of our weights that have "lora_" in them: Partial LoRA's, the newline vectors', the task adapters'.
+OWN_LOW_RANK = re.compile(r"Plora_|plora_|\.lora_\w+_[AB]\.")
+
 
 def introduce_to_peft() -> None:
     """Let peft wrap a whole `PLoRA` where a target names it as published (`attention.wqkv`).
@@ -553,9 +551,10 @@ def introduce_to_peft() -> None:
 
     def mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         mark(self, model)
-        for module in model.modules():
-            if isinstance(module, PLoRA):
-                module.freeze_low_rank()  # before 0.21 peft takes "lora_" in a name for its own
+        if any(isinstance(module, PLoRA) for module in model.modules()):
+            for name, weight in model.named_parameters():
+                if OWN_LOW_RANK.search(name):  # before 0.21 peft takes "lora_" in a name for its own
+                    weight.requires_grad_(False)
 
     lora.LoraModel._create_new_module = staticmethod(create_new_module)
     lora.LoraModel._mark_only_adapters_as_trainable = mark_only_adapters_as_trainable

@@ -102,12 +102,13 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> nn.Module:
     if not model.can_generate() and config.task_type == "CAUSAL_LM":  # so in the published reward training
         config.task_type = None
     weights = peft.utils.load_peft_weights(str(directory), device="cpu")
+    names = set(weights)  # peft takes some out
     try:
         wrapped = peft.get_peft_model(model, config)
         unknown = peft.set_peft_model_state_dict(wrapped, weights).unexpected_keys
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the adapter in {directory} doesn't fit this model: {error}") from error
-    lacking = set(peft.get_peft_model_state_dict(wrapped)).difference(weights)
+    lacking = set(peft.get_peft_model_state_dict(wrapped)).difference(names)
     if unknown or lacking:
         raise ValueError(
             f"the adapter in {directory} doesn't fit this model: {len(unknown)} of its tensors are unknown "

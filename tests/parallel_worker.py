@@ -37,7 +37,8 @@ def local_size(weight: torch.Tensor) -> int:
 
 def nano_answers(save_directory: str) -> dict:
     """Nano through its methods; each rank has a random state of its own."""
-    model = InternLMXComposer2ForCausalLM.from_pretrained(ROOT, dtype="float32", tp_plan="auto")
+    share = DistributedConfig(tp_plan="auto")
+    model = InternLMXComposer2ForCausalLM.from_pretrained(ROOT, dtype="float32", distributed_config=share)
     tokenizer = InternLMXComposer2Tokenizer(str(ROOT / "tokenizer.model"))
     torch.manual_seed(dist.get_rank())
     wild = {"temperature": 9.0, "top_p": 1.0, "max_new_tokens": 12}

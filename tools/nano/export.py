@@ -18,7 +18,7 @@ TASK_ADAPTERS = {"sft": 8, "dpo": 8, "web": 16}  # ranks; what write_artical and
 
 
 def export(checkpoint: Path, root: Path, out: Path, adapters: bool = False) -> None:
-    """Writes `config.json`, `generation_config.json` and the weights, in float16, into `out`.
+    """Writes `config.json`, `generation_config.json` and the weights, in float32, into `out`.
 
     `checkpoint` is the folder of a stage's weights, with `adapters` given new ones that do nothing yet, or
     that of a model whose adapters were trained.
@@ -30,7 +30,7 @@ def export(checkpoint: Path, root: Path, out: Path, adapters: bool = False) -> N
     model.config.auto_map = dict(CONFIG_AUTO_MAP)
     for part in (model.config.text_config, model.config.vision_config):
         part.dtype = None  # the whole has one
-    model.half().save_pretrained(out)
+    model.float().save_pretrained(out)
 
 
 def model_of(
