@@ -81,6 +81,7 @@ def logits_here(model) -> torch.Tensor:
     return output.logits[:, -3:]
 
 
+@pytest.mark.slow
 def test_every_family_loads_in_a_fresh_process(tmp_path, family_model):
     for family, (kind, shards, model_type, convert) in LAYOUTS.items():
         weights = recipe_state_dict(family)
@@ -143,6 +144,7 @@ for name in ("Image_transform", "HD_transform", "Video_transform"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "seen"),
     [

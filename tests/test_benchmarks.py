@@ -112,6 +112,7 @@ def test_a_batch(run):
     check(report, "batch", 4, ("time",))
 
 
+@pytest.mark.slow
 def test_rows_come_from_processes_of_their_own(tmp_path):
     command = [sys.executable, BENCHMARKS / "vision.py", *TINY, "--tiles", "1x1", "--pictures", "1"]
     command.remove("--same-process")

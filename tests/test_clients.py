@@ -526,6 +526,7 @@ def test_lmdeploy_loads_the_vision_part_alone(load, tmp_path):
         torch.testing.assert_close(piece, whole.encode_img(pixels))
 
 
+@pytest.mark.slow
 def test_ixc_utils_is_a_module_of_its_own(tmp_path):
     code = (
         "from io import BytesIO; from PIL import Image\n"
@@ -539,6 +540,7 @@ def test_ixc_utils_is_a_module_of_its_own(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_files_load_as_remote_code(tmp_path):
     code = (
         "from transformers.dynamic_module_utils import get_class_from_dynamic_module as get\n"

@@ -13,6 +13,7 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["static", "growing"])
 def test_a_step_of_the_decoder_is_one_graph(kind):

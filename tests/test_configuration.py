@@ -41,6 +41,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_remote_code_says_it_too_and_once_for_all_its_copies(tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()

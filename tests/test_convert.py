@@ -57,6 +57,7 @@ print(after_headers - before, peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_conversion_holds_one_shard_at_a_time(tmp_path):
     shard_bytes, num_shards = 48 << 20, 6

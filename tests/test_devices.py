@@ -105,6 +105,7 @@ def test_a_model_that_outgrows_memory_gives_the_same_numbers(
     assert torch.equal(model.generate(**prompt), reference.generate(**prompt))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 0.8])
 def test_nano_chats_where_it_outgrows_memory(nano, tokenizer, tmp_path, share):
     model = InternLMXComposer2ForCausalLM.from_pretrained(
@@ -146,6 +147,7 @@ def shared(tmp_path_factory, checkpoint) -> list[dict]:
     return [{**ranked, "saved": out / "saved"} for ranked in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes_give_the_logits_of_one(shared, family_model, family):
     model = family_model(family)
@@ -156,6 +158,7 @@ def test_two_processes_give_the_logits_of_one(shared, family_model, family):
     assert set(shared[0]["2d5"]) == {"base", "write", "web"}
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one(shared, nano, tokenizer):
     call = (tokenizer, *QUESTION)
     ask = partial(nano.chat, *call, do_sample=False)
@@ -167,17 +170,20 @@ def test_two_processes_answer_as_one(shared, nano, tokenizer):
         assert results["static"] == generated
 
 
+@pytest.mark.slow
 def test_the_example_prints_once(shared, nano, tokenizer):
     call = (tokenizer, *QUESTION)
     assert [ranked["example"] for ranked in shared] == [f"{nano.chat(*call, do_sample=False)[0]}\n", ""]
 
 
+@pytest.mark.slow
 def test_each_process_holds_a_part(shared, nano):
     whole = sum(parameter.numel() for parameter in nano.model.layers[0].attention.parameters())
     for ranked in shared:
         assert whole / 2 < ranked["nano"]["part"] < 0.6 * whole  # one low-rank factor of each pair is whole
 
 
+@pytest.mark.slow
 def test_processes_draw_the_same_tokens_from_different_random_states(shared):
     first, second = (ranked["nano"] for ranked in shared)
     assert first["drawn"] == second["drawn"]
@@ -186,6 +192,7 @@ def test_processes_draw_the_same_tokens_from_different_random_states(shared):
     assert first["random"] != second["random"]
 
 
+@pytest.mark.slow
 def test_a_shared_model_is_saved_whole_or_not_at_all(shared):
     refused = [ranked["nano"].get("refused") for ranked in shared]
     if refused[0]:  # transformers before it cut models by DTensor

@@ -113,6 +113,7 @@ def quick_start() -> str:
     return code
 
 
+@pytest.mark.slow
 def test_the_quick_start_prints_what_it_says(tmp_path):
     code = quick_start()
     assert len(code.splitlines()) <= 10
@@ -210,6 +211,7 @@ def run_examples(page: str, names: dict, writer) -> None:
             assert line in printed.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if examples_of(page)])
 def test_every_example_runs(page, run):
     run(page)

@@ -407,6 +407,7 @@ def golden_samples(model, case: dict) -> dict:
     return {**samples, "image": images}
 
 
+@pytest.mark.slow
 @needs_published_tokenizer
 @pytest.mark.parametrize(("family", "name"), training_cases())
 def test_training_as_the_original(family, name, checkpoint, published):

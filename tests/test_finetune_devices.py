@@ -20,6 +20,8 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from finetune.arguments import ModelArguments
 from finetune.freezing import freeze
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = ROOT / "finetune" / "configs"
 
 # Rows take turns, so that one process gets the pictures and the other the text.

@@ -12,6 +12,8 @@ sys.path.insert(0, str(ROOT))
 
 from finetune.example import LETTERS, draw  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # What each command gets besides what is documented; later flags win.
 SHORTER = {
     "draw": ["--train", "480", "--eval", "8", "--test", "24"],

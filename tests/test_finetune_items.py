@@ -177,6 +177,7 @@ def rows_of_case(case: dict) -> list[Row]:
     return rows
 
 
+@pytest.mark.slow
 @needs_published_tokenizer
 @pytest.mark.parametrize(("family", "name"), training_cases())
 def test_the_loss_of_the_original_trainer(family, name, family_model, published):
@@ -304,6 +305,7 @@ def items_of(model, seeds: int = 4) -> list[dict]:
     return items
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("rope", [None, {"type": "dynamic", "factor": 2.0}])
 def test_packed_rows_are_as_if_alone(attention, rope):

@@ -20,6 +20,8 @@ from finetune.freezing import count_trained, freeze
 from finetune.lora import add_lora, load_adapter, target_modules
 from finetune.merge import merge
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

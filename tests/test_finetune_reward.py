@@ -26,6 +26,8 @@ from finetune.rows import RowFault  # noqa: E402
 from finetune.train import parse_arguments, train  # noqa: E402
 from finetune.train_reward import REWARD  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 MARK = "<ImageHere>"
 COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220)}
 

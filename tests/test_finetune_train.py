@@ -27,6 +27,8 @@ from finetune.arguments import ModelArguments
 from finetune.card import Facts, card_text
 from finetune.freezing import freeze, part_of, trained_parts
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

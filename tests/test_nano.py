@@ -307,6 +307,7 @@ def test_a_head_that_sees_the_words_for_a_picture_is_told_from_one_that_does_not
     assert (loss < 0.01) if known else (loss > 3)
 
 
+@pytest.mark.slow
 def test_a_few_steps_lower_the_loss_and_a_run_resumes(tmp_path, built_in_font):
     whole = run(arguments(), tmp_path / "whole", max_steps=16, save_steps=8, eval_steps=8)
     losses = [line["loss"] for line in whole if "loss" in line]
@@ -318,6 +319,7 @@ def test_a_few_steps_lower_the_loss_and_a_run_resumes(tmp_path, built_in_font):
     assert again == pytest.approx(losses, rel=0.05)  # the full tiles beside the samples are others
 
 
+@pytest.mark.slow
 def test_a_step_sets_every_weight_by_the_schedule(built_in_font, monkeypatch):
     """Muon and AdamW are one optimizer: its learning rates are theirs, after loading a state, too."""
     optimizer = train.MuonAdamW(stages.DenseStage(arguments("dense"), random.Random(0)), 0.02, 0.001)
@@ -379,6 +381,7 @@ Path(sys.argv[1], str(trainer.args.process_index)).write_text(f"{weights} {seen}
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model_on_samples_of_their_own(tmp_path):
     (tmp_path / "run.py").write_text(TWO_PROCESSES)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -389,6 +392,7 @@ def test_two_processes_train_one_model_on_samples_of_their_own(tmp_path):
     assert first == second and drawn != others
 
 
+@pytest.mark.slow
 def test_a_short_run_learns_to_name_colours(tmp_path, built_in_font, monkeypatch):
     """From scratch, in half a minute, far above the one in eight of chance."""
     monkeypatch.setattr(stages.JointStage, "lessons", {"colour": (1.0, 1.0)})
@@ -454,6 +458,7 @@ def test_tiles_are_what_small_print_is_read_by(nano):
     assert tiled >= sum(answers_to(nano, sample, hd_num=1)[0] for sample in samples) + 4
 
 
+@pytest.mark.slow
 def test_the_checkpoint_writes_pages_and_articles(nano):
     """By its task adapters, about held-back words."""
     tokenizer, model = nano

@@ -16,6 +16,8 @@ from internlm_xcomposer2.ixc_utils import plan_tiles, tile_picture
 from nbclient import NotebookClient
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 MAX_BYTES = 300_000

@@ -39,6 +39,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_remote_code_answers_and_is_saved(tmp_path):
     """Through a clone that is not installed, and again from what it saves."""
     arguments = [str(ROOT), str(tmp_path / "saved"), str(ROOT / "examples/star.png")]

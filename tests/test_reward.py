@@ -342,6 +342,7 @@ assert "internlm_xcomposer2" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_an_adopted_reward_checkpoint_loads_without_the_package(tmp_path, tokenizer, capsys):
     """Adopted and converted from the published layout, and with the modules beside what is published."""
     model = tiny_reward()

@@ -16,6 +16,8 @@ from openai import APIStatusError, OpenAI
 from test_docs import blocks_of, offline_environment
 from transformers import AutoModel, AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 START, ANSWER = 300.0, 120.0  # seconds that the server may take
 
 

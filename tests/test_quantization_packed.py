@@ -11,7 +11,7 @@ from internlm_xcomposer2 import quantization_internlm_xcomposer2 as quantization
 from internlm_xcomposer2.quantization_internlm_xcomposer2 import PackedLinear, packing_of, unpacked_shapes
 from packers import awq_parts, dequantise, gptq_parts, groups_of, pack_checkpoint
 from safetensors.torch import load_file
-from test_loading import flat_config, logits_of, published_weights, write_published
+from test_checkpoint import flat_config, logits_of, published_weights, write_published
 from transformers import AutoModel, BitsAndBytesConfig, GenerationConfig
 
 GPTQ_FIELDS = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}
@@ -105,6 +105,7 @@ def test_large_weights_are_unpacked_in_pieces(monkeypatch):
 # ---- whole models ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_families_equal_plain_ones(tmp_path, family):
     """Version 2 as GPTQ with activation order, 2.5 as AWQ: the logits are those of the values packed."""

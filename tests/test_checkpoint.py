@@ -334,6 +334,7 @@ print("answered:", answer)
 """
 
 
+@pytest.mark.slow
 def test_remote_code_beside_a_checkpoint_without_network(tmp_path):
     source = tmp_path / "checkpoint"
     model = tiny_model("2.5")
@@ -372,6 +373,7 @@ def test_the_type_of_the_file_can_be_asked_for(name):
 # ---- task adapters ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("modes", "names"),
     [(None, {"sft", "dpo", "web"}), (("web",), {"web"}), (["write"], {"sft", "dpo"}), ((), set())],

@@ -203,6 +203,7 @@ for kind in ("safetensors", "bin"):
 """
 
 
+@pytest.mark.slow
 def test_hub_ids_are_inspected_by_headers_and_adopted_whole(tmp_path, hub):
     model = tiny_model("2.5", vocab_size=40000, image_token_id=4)
     weights = published_weights(model)
