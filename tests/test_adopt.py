@@ -368,12 +368,12 @@ FAULTS = {
         lambda s, t: (s / "model-00002-of-00003.safetensors").unlink(),
         "lacks 1 of its 3 shards: model-00002-of-00003",
     ),
-    "cut safetensors": ({}, lambda s, t: _truncate(s / "model.safetensors"), "can't be read as a file"),
-    "cut bin": ({"kind": "bin"}, lambda s, t: _truncate(s / "pytorch_model.bin"), "can't be read as a file"),
+    "cut safetensors": ({}, lambda s, t: _truncate(s / "model.safetensors"), "read as a weight file"),
+    "cut bin": ({"kind": "bin"}, lambda s, t: _truncate(s / "pytorch_model.bin"), "read as a weight file"),
     "broken index": (
         {"shards": 2},
         lambda s, t: (s / "model.safetensors.index.json").write_text("{}"),
-        "can't be read as an index",
+        "can't be read as a shard index",
     ),
     "index of another": (
         {"shards": 2},

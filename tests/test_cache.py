@@ -121,7 +121,7 @@ def test_beams_of_two_prompts_follow_only_their_own(model):
 def test_other_rows_are_refused():
     layer = GrowingLayer()
     layer.update(*states(3, 2, seed=0))
-    with pytest.raises(ValueError, match="holds 3 rows, but 1 go on"):
+    with pytest.raises(ValueError, match="holds 3 rows, but got 1"):
         layer.update(*states(1, 1, seed=0))
     assert layer.get_seq_length() == 2
 

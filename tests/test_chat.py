@@ -311,7 +311,7 @@ def test_guessing_ahead_gives_the_same_answer(model, tokenizer, picture, image):
 
 
 def test_nothing_is_dropped_behind_a_history_in_fourth_place(model, tokenizer):
-    with pytest.raises(TypeError, match="have to be named"):
+    with pytest.raises(TypeError, match="must be passed by name"):
         model.chat(tokenizer, "hi", [], [("a", "b")], object())
 
 

@@ -338,7 +338,7 @@ def test_pictures_that_do_not_fit_their_conversations(model):
         model.interleav_wrap([[image, image], []], texts)
     with pytest.raises(ValueError, match="2 conversations but pictures for 3"):
         model.interleav_wrap([image] * 3, texts)
-    with pytest.raises(ValueError, match=r"image_nums \[1, 2\] must name 2 pictures"):
+    with pytest.raises(ValueError, match=r"image_nums \[1, 2\] must cover 2 pictures"):
         model.interleav_wrap([image] * 2, [texts], [1, 2])
 
 
@@ -365,7 +365,7 @@ def test_a_conversation_beyond_max_length_is_named_not_cut(tokenizer):
     model = tiny_model("2.5")
     model.tokenizer, model.max_length = tokenizer, 24
     texts = [conversation("1", "2"), conversation("1", "a word " * 20)]
-    with pytest.raises(ValueError, match=r"max_length 24, as row: tokens, are \{1: \d+\}"):
+    with pytest.raises(ValueError, match=r"max_length 24 \(row: tokens\): \{1: \d+\}"):
         model(samples={"text_input": texts, "data_type": ["text"]})
 
 

@@ -206,7 +206,7 @@ FAULTS = {
     "turn of another kind": ({"messages": ["Hi"]}, "turn 0 is no object"),
     "value of another kind": ({"conversations": [{"from": "human", "value": 3}]}, "turn 0 is no object"),
     "content of another kind": (message_row(3), "content is a text or a list of parts, not int"),
-    "part of another kind": (message_row(["x"]), "content is made of dicts with a type"),
+    "part of another kind": (message_row(["x"]), "content must consist of dicts with a type"),
     "part of an unknown type": (message_row([{"type": "audio"}]), "unknown content type 'audio'"),
     "two sources": (message_row([{"type": "image", "image": "a", "url": "b"}]), "has 2 sources"),
     "image of another kind": (published_row(image=[3]), "image names files by their paths, not by 3"),

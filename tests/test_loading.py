@@ -171,7 +171,7 @@ def test_other_checkpoints_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not an InternLM-XComposer2 checkpoint: its 1 tensors lack"):
         AutoModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(ValueError, match="can't be read as a file of weights"):
+    with pytest.raises(ValueError, match="can't be read as a weight file"):
         AutoModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no weights in"):
@@ -414,8 +414,8 @@ def test_a_mode_that_was_not_loaded_names_the_argument(checkpoint):
 @pytest.mark.parametrize(
     ("adapters", "kind", "words"),
     [
-        (("sft",), ValueError, "'sft'; adapters takes write and web"),
-        (("base",), ValueError, "'base'; adapters takes write and web"),
+        (("sft",), ValueError, "'sft'; adapters accepts write and web"),
+        (("base",), ValueError, "'base'; adapters accepts write and web"),
         ("web", TypeError, "sequence of modes.*'web'"),
         ((1,), TypeError, "sequence of modes"),
     ],

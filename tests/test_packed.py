@@ -283,7 +283,7 @@ def test_each_weight_is_unpacked_once_and_not_copied(tmp_path, tiny_packed, monk
 def test_quantising_again_is_refused(tmp_path, tiny_packed):
     packed, fields, _ = tiny_packed
     write_published(tmp_path, packed, {**fields, "quantization_config": GPTQ_FIELDS})
-    with pytest.raises(ValueError, match="have 4 bits already, by gptq; leave quantization_config out"):
+    with pytest.raises(ValueError, match="already have 4 bits, by gptq; leave quantization_config out"):
         AutoModel.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
 
@@ -325,12 +325,12 @@ def test_damaged_checkpoints_are_refused_with_their_names(tmp_path, tiny_packed)
     floats = {**packed, f"{linear}.qweight": packed[f"{linear}.qweight"].float()}
     beyond = {**packed, f"{linear}.g_idx": packed[f"{linear}.g_idx"] + 1}
     for damaged, match in (
-        (lost, rf"2 tensors lack: {linear}\.qzeros, {linear}\.scales"),
+        (lost, rf"2 tensors are missing: {linear}\.qzeros, {linear}\.scales"),
         (short, rf"1 packed weights are damaged: {linear}\.g_idx is \(64,\)"),
-        (narrow, rf"damaged: {linear}\.qweight is \(8, 32\), where scales \(4, 24\) ask for \(8, 24\)"),
+        (narrow, rf"damaged: {linear}\.qweight is \(8, 32\), but scales \(4, 24\) require \(8, 24\)"),
         (flat, rf"damaged: {linear}\.scales is \(128,\)"),
-        (floats, rf"1 packed tensors are not of 32-bit integers: {linear}\.qweight"),
-        (beyond, rf"{linear}\.g_idx names groups 1 to 4 of 4"),
+        (floats, rf"1 packed tensors are not 32-bit integers: {linear}\.qweight"),
+        (beyond, rf"{linear}\.g_idx names groups 1 to 4, but there are 4"),
     ):
         write_published(tmp_path, damaged, fields)
         with pytest.raises(ValueError, match=match):

@@ -313,7 +313,7 @@ def test_videos_beside_pictures_have_a_mark_of_their_own(processor):
     expected = build.apply_chat_template(messages, chat_template=template, **TO_TENSORS)
     assert torch.equal(inputs["input_ids"], expected["input_ids"])
     assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
-    with pytest.raises(ValueError, match="marks each video by <VideoHere>"):
+    with pytest.raises(ValueError, match="must mark each video with <VideoHere>"):
         build([image], "<ImageHere> or <ImageHere>?", [frames])
 
 
@@ -514,7 +514,7 @@ BAD_CALLS = [
     ({"text": "x", "images": [picture(), picture()]}, ValueError, "0 <ImageHere> marks but 2"),
     ({"text": "x", "hd_num": 0}, ValueError, "hd_num must be at least 1"),
     ({"text": "x", "hd_num": "many"}, TypeError, "hd_num must be an integer"),
-    ({"text": "x", "hd_number": 3}, TypeError, "unknown option hd_number; the processor takes .*hd_num"),
+    ({"text": "x", "hd_number": 3}, TypeError, "unknown option hd_number; the processor accepts .*hd_num"),
     ({"text": "x", "padding_side": "top"}, ValueError, "'left' or 'right', not 'top'"),
     ({"text": "a b c d", "max_length": 2}, ValueError, "tokens with its pictures but max_length is 2"),
     ({"text": "[UNUSED_TOKEN_1]"}, ValueError, "stands for image tokens"),

@@ -169,7 +169,7 @@ def test_the_int4_layout_of_gpus_is_refused_on_a_cpu(source, device_map):
     from torchao.quantization import Int4WeightOnlyConfig
 
     config = TorchAoConfig(Int4WeightOnlyConfig(group_size=32))
-    with pytest.raises(ValueError, match="no layout for a CPU; take PrototypeInt4WeightOnlyConfig"):
+    with pytest.raises(ValueError, match="no layout for a CPU; use PrototypeInt4WeightOnlyConfig"):
         InternLMXComposer2ForCausalLM.from_pretrained(
             source, quantization_config=config, device_map=device_map
         )
@@ -224,7 +224,7 @@ def test_saving_and_loading_is_exact(source, tmp_path, kind, dtype, used):
 def test_saving_what_has_no_form_in_a_file_is_refused_before_anything_is_written(source, tmp_path):
     model = load(source, "torchao-int4")
     expected = logits_of(model)
-    with pytest.raises(ValueError, match="can't be saved .*Int4OpaqueTensor.*quantise it at each loading"):
+    with pytest.raises(ValueError, match="can't be saved .*Int4OpaqueTensor.*quantise it each time"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
     assert torch.equal(logits_of(model), expected)
@@ -255,7 +255,7 @@ def test_files_hold_quantised_weights_under_their_own_names(source, tmp_path):
 def test_metadata_of_a_model_without_a_quantised_weight_is_refused():
     plain = {"tensor_names": '["output.weight"]', "output.weight": '{"_type": "Tensor"}'}
     quantizer = SimpleNamespace(get_state_dict_and_metadata=lambda model: ({}, plain))
-    with pytest.raises(ValueError, match="none of this model's weights is quantised"):
+    with pytest.raises(ValueError, match="none of this model's weights are quantised"):
         quantization.check_savable(SimpleNamespace(hf_quantizer=quantizer))
 
 

@@ -219,11 +219,11 @@ def test_labels_give_the_losses_of_the_library():
         ({"conversations": []}, TypeError, "at least one, not"),
         ({"conversations": ask("a", "b")}, TypeError, "list of at least one message"),
         ({"conversations": [[]]}, TypeError, "at least one message"),
-        ({"conversations": [ask("a", "b")[:1]]}, ValueError, "last message is of 'user'"),
+        ({"conversations": [ask("a", "b")[:1]]}, ValueError, "last message is from 'user'"),
         (
             {"conversations": [[{"role": "bot", "content": "b"}]]},
             ValueError,
-            "unknown role 'bot'; it is one of",
+            "unknown role 'bot'; choose one of",
         ),
         ({"images": "a.png"}, TypeError, "entry per conversation"),
         ({"images": [[], []]}, ValueError, "1 conversations but 2 images"),
