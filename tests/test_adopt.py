@@ -279,7 +279,7 @@ def test_shards_without_an_index_get_one(tmp_path, kind):
     index.unlink()
     with pytest.raises(FileNotFoundError, match=f"no index.*ixc2 adopt {tmp_path / 'source'}$"):
         AutoModel.from_pretrained(tmp_path / "source")
-    assert "no index of the shards" in adopt(tmp_path / "source", tmp_path / "target").notes
+    assert "no shard index" in adopt(tmp_path / "source", tmp_path / "target").notes
     assert read_json(tmp_path / "target" / index.name)["weight_map"] == recorded
     assert torch.equal(logits_of(AutoModel.from_pretrained(tmp_path / "target")), logits_of(model))
 
@@ -362,7 +362,7 @@ def _truncate(path: Path) -> None:
 
 FAULTS = {
     "no weights": ({}, lambda s, t: (s / "model.safetensors").unlink(), "no weights in"),
-    "no directory": ({}, lambda s, t: shutil.rmtree(s), "is no directory"),
+    "no directory": ({}, lambda s, t: shutil.rmtree(s), "is not a directory"),
     "lost shard": (
         {"shards": 3},
         lambda s, t: (s / "model-00002-of-00003.safetensors").unlink(),
@@ -378,9 +378,9 @@ FAULTS = {
     "index of another": (
         {"shards": 2},
         lambda s, t: _name_in_index(s / "model.safetensors.index.json"),
-        "names 1 tensors that lie in no shard: lost.weight",
+        "names 1 tensors that are in no shard: lost.weight",
     ),
-    "broken config": ({}, lambda s, t: (s / "config.json").write_text("{"), "is no JSON.*ixc2 adopt"),
+    "broken config": ({}, lambda s, t: (s / "config.json").write_text("{"), "is not JSON.*ixc2 adopt"),
     "another model": (
         {"weights": {"lm_head.weight": torch.ones(2, 2)}},
         lambda s, t: None,
@@ -392,8 +392,12 @@ FAULTS = {
         "tokenizer.model",
     ),
     "full target": ({}, lambda s, t: _fill(t), "holds files that were not adopted; empty it"),
-    "file as target": ({}, lambda s, t: t.write_text("x"), "is a file; name another"),
-    "work in progress": ({}, lambda s, t: t.with_name("target.partial").mkdir(), "another run is at work"),
+    "file as target": ({}, lambda s, t: t.write_text("x"), "is a file; choose another"),
+    "work in progress": (
+        {},
+        lambda s, t: t.with_name("target.partial").mkdir(),
+        "another run is in progress",
+    ),
 }
 
 
@@ -428,7 +432,7 @@ def test_source_and_target_must_lie_apart(tmp_path):
     published_source(source)
     (tmp_path / "link").symlink_to(source)
     for target in (source, source / "inner", tmp_path / "a", tmp_path / "link", tmp_path / "link" / "inner"):
-        with pytest.raises(ValueError, match="lie in one another; name another directory"):
+        with pytest.raises(ValueError, match="inside the other; choose another target"):
             adopt(source, target)
 
 
@@ -437,7 +441,7 @@ def test_a_target_adopted_from_elsewhere_is_left_alone(tmp_path):
         published_source(tmp_path / name)
     adopt(tmp_path / "one", tmp_path / "target")
     before = content_of(tmp_path)
-    with pytest.raises(FileExistsError, match="was adopted from .*one and not from .*two"):
+    with pytest.raises(FileExistsError, match="was adopted from .*one, not from .*two"):
         adopt(tmp_path / "two", tmp_path / "target")
     assert content_of(tmp_path) == before
 
@@ -482,7 +486,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
 
 def test_a_given_tokenizer_takes_the_place_of_a_missing_one(tmp_path):
     published_source(tmp_path / "source", tokenizer=False)
-    with pytest.raises(FileNotFoundError, match="--tokenizer takes a tokenizer.model"):
+    with pytest.raises(FileNotFoundError, match="--tokenizer needs a tokenizer.model"):
         adopt(tmp_path / "source", tmp_path / "target", tokenizer=tmp_path / "none")
     adopt(tmp_path / "source", tmp_path / "target", tokenizer=ROOT / "tokenizer.model")
     adopt(tmp_path / "source", tmp_path / "target")  # which would not take it away again

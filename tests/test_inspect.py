@@ -104,7 +104,7 @@ def test_what_is_printed(tmp_path, capsys):
     assert report["sizes"]["num_attention_heads"] == 4 and report["quantisation"] is None
     with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path), "--picture", "0x5"])
-    assert "is no size such as" in capsys.readouterr().err
+    assert "is not a size such as" in capsys.readouterr().err
 
 
 def test_the_documentation_shows_what_is_printed(monkeypatch, capsys):
@@ -242,7 +242,7 @@ def test_a_hub_that_lacks_the_repository_is_named(tmp_path, monkeypatch, capsys)
     for command in ("inspect", "adopt"):
         assert main([command, "owner/nothing"]) == 1
         error = capsys.readouterr().err
-        assert "owner/nothing is no directory here, and not to be had from huggingface" in error
+        assert "owner/nothing is not a directory here, and can't be downloaded from huggingface" in error
         assert "--from modelscope" in error
     assert main(["inspect", "no such place"]) == 1
     assert "neither a directory nor the id of a repository" in capsys.readouterr().err
