@@ -60,11 +60,11 @@ def test_answers_that_would_be_cut_away_are_warned_of(data, processor):
     kept = check_file(data / "good.jsonl", RowEncoder(processor, longest - 3, too_long="cut"))
     assert not kept.faults and kept.tokens[-1] == longest - 3
     assert str(kept.warnings[-1]) == (
-        f"{data / 'good.jsonl'}, row 6 (line 7): 3 tokens of the answers lie beyond max_length "
-        f"{longest - 3} and are cut away"
+        f"{data / 'good.jsonl'}, row 6 (line 7): 3 tokens of the answers are beyond max_length "
+        f"{longest - 3} and are cut off"
     )
     refused = check_file(data / "good.jsonl", RowEncoder(processor, longest - 3))
-    assert refused.faults[-1].row == 6 and "beyond it lie 3 of the" in refused.faults[-1].text
+    assert refused.faults[-1].row == 6 and "; 3 of the" in refused.faults[-1].text
     nothing = check_file(data / "good.jsonl", RowEncoder(processor, 5, too_long="cut"))
     assert len(nothing.faults) == 7 and not nothing.tokens
 
@@ -75,7 +75,7 @@ def test_files_that_can_not_be_read_don_t_hide_others(data, processor):
     (data / "broken.json").write_text("[")
     paths = [data / name for name in ("data.txt", "empty.txt", "broken.json", "none.txt")]
     reports = check_data(paths, RowEncoder(processor))
-    texts = ["no such data file", "", "names no files", "is not JSON", "no such data file"]
+    texts = ["no such data file", "", "lists no files", "is not JSON", "no such data file"]
     assert len(reports) == len(texts)
     for report, text in zip(reports, texts, strict=True):
         assert bool(report.faults) == bool(text) and all(text in str(fault) for fault in report.faults)

@@ -66,5 +66,5 @@ def test_drawn_rows_are_the_same_again_and_never_overwritten(tmp_path):
         assert len(list((tmp_path / "a" / name).glob("*.png"))) == 6
     assert (tmp_path / "a/train/0000.png").read_bytes() == (tmp_path / "b/train/0000.png").read_bytes()
     assert len(set(LETTERS.values())) == len(LETTERS)
-    with pytest.raises(FileExistsError, match="name another directory"):
+    with pytest.raises(FileExistsError, match="choose another directory"):
         draw(tmp_path / "a", counts)

@@ -79,7 +79,7 @@ def test_prompts_are_those_of_chat(any_model, pictures, case):
     version = any_model.config.version
     encoder = RowEncoder(InternLMXComposer2Processor.for_config(any_model.config, any_model.tokenizer))
     if case == "front" and version != "2.5":
-        with pytest.raises(RowFault, match="0 <ImageHere> marks but the row 1 pictures"):
+        with pytest.raises(RowFault, match="0 <ImageHere> marks but the row has 1 pictures"):
             encoder.encode(row)
         return
     item = encoder.encode(row)
@@ -254,8 +254,8 @@ def test_pixels_in_the_dtype_of_the_tower_change_nothing(model, processor, pictu
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layout": "published"}, "layout is 'inference' or 'training'"),
-        ({"too_long": "drop"}, "too_long is 'error' or 'cut'"),
+        ({"layout": "published"}, "layout must be 'inference' or 'training'"),
+        ({"too_long": "drop"}, "too_long must be 'error' or 'cut'"),
         ({"max_length": 0}, "max_length must be at least 1"),
         ({"hd_num": 0}, "hd_num must be at least 1"),
     ],

@@ -117,7 +117,7 @@ def test_both_forms_of_a_pair_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("pair", "words"),
     [
-        ({"messages": turns("q", "a")}, "a pair has chosen and rejected, or conversations_a"),
+        ({"messages": turns("q", "a")}, "a pair must have chosen and rejected, or conversations_a"),
         ({"chosen": turns("q", "a")}, "rejected: "),
         (
             {"chosen": turns("q", "a"), "rejected": turns("q", "")},
@@ -125,9 +125,9 @@ def test_both_forms_of_a_pair_are_read(tmp_path):
         ),
         ({"chosen": turns("q", "a"), "rejected": turns("q", "b")[:1]}, "rejected: the last turn, 0"),
         ({"chosen": turns("q", "a"), "rejected": turns("q", "b"), "score": 3}, "unknown keys score"),
-        ({"chosen": "a", "rejected": "b"}, "turn 0 is the assistant's where the user's belongs"),
+        ({"chosen": "a", "rejected": "b"}, "turn 0 is the assistant's but should be the user's"),
         ({"chosen": turns(f"{MARK}q", "a"), "rejected": turns(MARK, "b"), "image": "no.png"}, "no.png"),
-        (["chosen"], "a row is an object"),
+        (["chosen"], "a row must be an object"),
     ],
 )
 def test_faulty_pairs_are_named_with_file_and_row(tmp_path, processor, pair, words):
@@ -240,7 +240,7 @@ def test_lora_trains_the_head_too_and_merges(tmp_path, base):
 
 def test_what_a_reward_model_cannot_do_is_refused(tmp_path, base):
     pairs = write_pairs(tmp_path, 4)
-    with pytest.raises(ValueError, match="can't be cut away"):
+    with pytest.raises(ValueError, match="can't be cut off"):
         train_reward(base, pairs, tmp_path / "out", "--too_long", "cut", "--max_steps", "1")
     with pytest.raises(ValueError, match="rows can't be packed"):
         train_reward(base, pairs, tmp_path / "out", "--packing", "True", "--max_steps", "1")
