@@ -1,4 +1,4 @@
-"""Published checkpoints made into directories that load: every layout, twice, converted, and refused."""
+"""Published checkpoints turned into directories that load: every layout, twice, converted, and rejected."""
 
 import json
 import os
@@ -151,7 +151,7 @@ for name in ("Image_transform", "HD_transform", "Video_transform"):
         ("2.5", ["Image_transform", "HD_transform", "Video_transform"]),
     ],
 )
-def test_a_loader_that_tells_versions_by_their_transforms_sees_the_published_ones(tmp_path, version, seen):
+def test_a_loader_that_detects_versions_by_transforms_sees_the_published_ones(tmp_path, version, seen):
     """As LMDeploy's does. The model itself doesn't miss what is left out."""
     published_source(tmp_path / "source", version)
     adopt(tmp_path / "source", tmp_path / "target")
@@ -168,7 +168,7 @@ def test_a_loader_that_tells_versions_by_their_transforms_sees_the_published_one
 
 
 @pytest.mark.parametrize("refused", [["link"], ["link", "symlink"]])
-def test_without_links_of_one_kind_the_next_is_taken(tmp_path, monkeypatch, refused):
+def test_without_links_of_one_kind_the_next_kind_is_used(tmp_path, monkeypatch, refused):
     published_source(tmp_path / "source")
 
     def refuse(*_):
@@ -189,7 +189,7 @@ def test_the_package_carries_every_file_that_an_adopted_directory_copies():
     assert {name for name in named if (ROOT / name).is_file()} <= carried
 
 
-def test_own_settings_of_the_checkpoint_survive(tmp_path):
+def test_the_checkpoints_own_settings_survive(tmp_path):
     published_source(tmp_path / "source", changes={"use_cache": False, "max_length": 1234})
     for name, fields in {
         "generation_config.json": {"eos_token_id": 2, "max_length": 1600, "temperature": 0.5},
@@ -208,8 +208,8 @@ def test_own_settings_of_the_checkpoint_survive(tmp_path):
 
 
 @pytest.mark.parametrize("version", ["2", "2-4khd", "2.5"])
-def test_the_processor_is_that_of_the_checkpoint(tmp_path, version):
-    """Not that of the package, whose files it is written from: same prompts and pixels as `chat`."""
+def test_the_processor_is_the_checkpoints_own(tmp_path, version):
+    """Not the package's, whose files it is written from: same prompts and pixels as `chat`."""
     model = published_source(tmp_path / "source", version)
     adopt(tmp_path / "source", tmp_path / "target")
     processor = AutoProcessor.from_pretrained(tmp_path / "target", trust_remote_code=True)
@@ -257,7 +257,7 @@ def test_without_a_configuration_everything_but_the_heads_is_in_the_weights(tmp_
     torch.testing.assert_close(logits_of(loaded), logits_of(model), rtol=0, atol=1e-6)
 
 
-def test_heads_that_nobody_names_are_asked_for(tmp_path):
+def test_an_unknown_number_of_heads_is_asked_for(tmp_path):
     model = published_source(
         tmp_path / "source", changes={"num_attention_heads": ..., "num_key_value_heads": ...}
     )
@@ -341,7 +341,7 @@ def test_a_second_run_completes_and_leaves_changes_alone(tmp_path):
     assert content_of(target).keys() == before.keys()
 
 
-def test_conversion_later_takes_the_place_of_the_links(tmp_path):
+def test_a_later_conversion_replaces_the_links(tmp_path):
     model = published_source(tmp_path / "source", kind="bin", shards=2)
     before = content_of(tmp_path / "source")
     adopt(tmp_path / "source", tmp_path / "target")
@@ -353,7 +353,7 @@ def test_conversion_later_takes_the_place_of_the_links(tmp_path):
     assert torch.equal(logits_of(AutoModel.from_pretrained(tmp_path / "target")), logits_of(model))
 
 
-# ---- what is refused ----
+# ---- what is rejected ----
 
 
 def _truncate(path: Path) -> None:
@@ -427,7 +427,7 @@ def test_faults_are_named_and_nothing_is_written(tmp_path, fault, capsys):
     assert captured.err.startswith("ixc2: ") and not captured.out
 
 
-def test_source_and_target_must_lie_apart(tmp_path):
+def test_source_and_target_must_be_separate(tmp_path):
     source = tmp_path / "a" / "source"
     published_source(source)
     (tmp_path / "link").symlink_to(source)
@@ -455,7 +455,7 @@ def test_a_damaged_record_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_run_that_breaks_off_leaves_nothing_behind(tmp_path, monkeypatch, again):
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch, again):
     published_source(tmp_path / "source", kind="bin", shards=2)
     target = tmp_path / "target"
     if again:
@@ -484,12 +484,12 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
     assert not (tmp_path / "target").exists()
 
 
-def test_a_given_tokenizer_takes_the_place_of_a_missing_one(tmp_path):
+def test_a_given_tokenizer_replaces_a_missing_one(tmp_path):
     published_source(tmp_path / "source", tokenizer=False)
     with pytest.raises(FileNotFoundError, match="--tokenizer needs a tokenizer.model"):
         adopt(tmp_path / "source", tmp_path / "target", tokenizer=tmp_path / "none")
     adopt(tmp_path / "source", tmp_path / "target", tokenizer=ROOT / "tokenizer.model")
-    adopt(tmp_path / "source", tmp_path / "target")  # which would not take it away again
+    adopt(tmp_path / "source", tmp_path / "target")  # this must not remove it again
     assert (tmp_path / "target" / "tokenizer.model").read_bytes() == (ROOT / "tokenizer.model").read_bytes()
 
 

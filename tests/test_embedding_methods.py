@@ -81,7 +81,7 @@ def test_a_model_without_tokenizer_says_so():
         tiny_model("2").encode_text("Hi")
 
 
-def test_text2emb_takes_the_keyword_of_either_generation(model, tokenizer):
+def test_text2emb_accepts_the_keyword_of_either_generation(model, tokenizer):
     texts = [f"{USER}Hi{END}{ANSWER}Hello{END}</s>", f"{USER}Hi{END}{ANSWER}Yes, hello{END}</s>"]
     old, labels = model.text2emb(texts, add_special=True)
     new, same = model.text2emb(texts, add_special_tokens=True)
@@ -206,7 +206,7 @@ def test_the_tower_and_projector_are_called_so_that_hooks_see_them(model):
 
 
 def by_ids(model, texts, grids, seed=0):
-    """Logits of `forward` for texts with pictures of random tiles between them, BOS where it belongs."""
+    """Logits of `forward` for texts with pictures of random tiles between them, and BOS where it belongs."""
     pixel_values, image_grid_hw = random_pictures(model, grids, seed)
     ids = []
     for index, text in enumerate(texts):

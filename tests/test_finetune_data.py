@@ -1,4 +1,4 @@
-"""Training data: both formats and mixtures are read, and whatever is wrong with a row is told."""
+"""Training data: both formats and mixtures are read, and everything wrong with a row is reported."""
 
 import json
 import random
@@ -71,7 +71,7 @@ def test_messages(tmp_path):
     assert rows[6].turns[0] == Turn("system", "Be brief.")
 
 
-def test_forms_and_files_mix(tmp_path):
+def test_forms_and_files_can_be_mixed(tmp_path):
     lines = write_lines(tmp_path / "published.jsonl", [published_row("Hi", image=None)])
     lines.write_text(f"\ufeff\n{lines.read_text()}\n\n")
     listed = write_json(tmp_path / "messages.json", [message_row()])
@@ -79,7 +79,7 @@ def test_forms_and_files_mix(tmp_path):
     assert [(row.index, row.line, row.faults) for row in rows] == [(0, 2, ()), (0, None, ())]
 
 
-def test_keys_that_mean_nothing_can_be_ignored(tmp_path):
+def test_keys_without_meaning_can_be_ignored(tmp_path):
     path = write_json(tmp_path / "data.json", [published_row(width=640)])
     assert "unknown keys width" in read_rows(path)[0].faults[0]
     assert read_rows(path, ignore_keys=["width"])[0].faults == ()
@@ -140,7 +140,7 @@ def test_a_mixture_draws_what_it_says(tmp_path):
     assert rows == read_mixture(mixture) and rows != read_mixture(mixture, seed=1)
 
 
-def test_a_path_with_a_blank_and_no_count_is_one_path(tmp_path):
+def test_a_path_with_a_space_and_no_count_is_one_path(tmp_path):
     (tmp_path / "data.txt").write_text("my data.json\n")
     assert read_sources(tmp_path / "data.txt") == [(tmp_path / "my data.json", None)]
 
@@ -242,7 +242,7 @@ def test_every_fault_names_file_row_and_fault(processor, pictures, name):
     assert str(caught.value).startswith(f"{path}, row 1 (line 2): ") and message in str(caught.value)
 
 
-def test_a_line_that_is_no_json_is_a_row_with_a_fault(processor, tmp_path):
+def test_a_line_that_is_not_json_is_a_row_with_a_fault(processor, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(f"{json.dumps(message_row())}\n\n{{oops\n")
     rows = read_rows(path)
@@ -251,14 +251,14 @@ def test_a_line_that_is_no_json_is_a_row_with_a_fault(processor, tmp_path):
         ConversationDataset(rows, processor)[1]
 
 
-def test_all_faults_of_a_row_are_told_at_once(processor, tmp_path):
+def test_all_faults_of_a_row_are_reported_at_once(processor, tmp_path):
     path = write_json(tmp_path / "data.json", [published_row("</s>", " ", image=["a.png", "b.png"])])
     with pytest.raises(RowFault) as caught:
         ConversationDataset(read_rows(path), processor)[0]
     assert len(caught.value.faults) == 5  # empty answer, markup, marks, two missing files
 
 
-def test_older_versions_read_no_videos(tokenizer):
+def test_older_versions_do_not_read_videos(tokenizer):
     processor = InternLMXComposer2Processor.for_config(tiny_model("2").config, tokenizer)
     data = ConversationDataset([row_of("<ImageHere>A", "B", media=[VIDEO])], processor)
     for ask in (lambda: data[0], lambda: data.lengths):
@@ -269,7 +269,7 @@ def test_older_versions_read_no_videos(tokenizer):
 # ---- too long ----
 
 
-def test_long_rows_are_cut_only_if_asked_and_only_behind_an_answer(processor, pictures):
+def test_long_rows_are_cut_only_on_request_and_only_after_an_answer(processor, pictures):
     row = row_of("Hi", "Hello!", "More", "word " * 50)
     whole = ConversationDataset([row], processor)[0]
     limit = len(whole["input_ids"]) - 20

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from finetune.example import LETTERS, draw  # noqa: E402
 
-# What each command gets besides what is documented; later flags win.
+# What each command gets in addition to what is documented; later flags win.
 SHORTER = {
     "draw": ["--train", "480", "--eval", "8", "--test", "24"],
     "finetune.train": ["--max_steps", "100", "--report_to", "none", "--disable_tqdm", "True"],
@@ -56,7 +56,7 @@ def test_the_documented_commands_teach_nano_the_catalogue(tmp_path, monkeypatch,
     assert before <= 2 and after >= 12, f"{before} before, {after} after"
 
 
-def test_drawn_rows_are_the_same_again_and_never_overwritten(tmp_path):
+def test_drawn_rows_are_reproducible_and_never_overwritten(tmp_path):
     counts = {"train": 6, "test": 6}
     draw(tmp_path / "a", counts)
     draw(tmp_path / "b", counts)
