@@ -292,7 +292,7 @@ def load_video(
 def frame_sizes(
     source: MediaSource | Sequence[MediaSource], *, max_frames: int = MAX_FRAMES, fps: float = 1.0
 ) -> list[Size]:
-    """(height, width) of each frame that `load_video` would return; those of a file are taken to be alike.
+    """(height, width) of each frame that `load_video` would return; those of a file are assumed to be equal.
 
     Raises the errors of `load_video`, except those that only decoding reveals.
     """

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-# FFmpeg's names of formats in which times lead to the frames that counting would give; in others we count.
+# FFmpeg's names of formats whose times lead to the frames that counting gives; in others, frames are counted.
 TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 CUT_SILENTLY = ("matroska,webm",)
 

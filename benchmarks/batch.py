@@ -1,4 +1,4 @@
-"""Several conversations at once against the same ones one by one.
+"""Several conversations at once, compared with the same ones one by one.
 
     python benchmarks/batch.py --size nano --threads 2
     python benchmarks/batch.py --size medium --conversations 1 4 --new-tokens 16

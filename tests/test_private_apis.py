@@ -27,7 +27,7 @@ ENTRIES = {}
 
 
 def entry(name: str):
-    """Register the test of an entry of the table."""
+    """Register a function as the test of an entry of the table."""
 
     def add(test):
         ENTRIES[name] = test
