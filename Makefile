@@ -1,13 +1,13 @@
 # make demo          questions about the pictures in examples/, with the model's answers
 # make test          the tests, on a CPU and offline
 # make test-newest   the same with the newest releases of everything, in a fresh environment
-# make test-oldest   the same with the oldest releases that pyproject.toml admits
-# make lock          renews constraints.txt, which says what the first two install
+# make test-oldest   the same with the oldest releases that pyproject.toml allows
+# make lock          updates constraints.txt, which says what the first two install
 # make nano          trains nano from scratch into the root, in about 3.5 hours on two cores (docs/nano.md)
 #
-# demo, test and nano create .venv once and reuse it. TORCH is the torch requirement to install, which no lock
-# names: the default is what pip takes for this machine, `TORCH=torch==2.13.0` pins a version.
-# PYTHON names the interpreter (3.10 or newer), ARGS is passed on.
+# demo, test and nano create .venv once and reuse it. TORCH is the torch requirement to install, which is not
+# locked: the default is what pip picks for this machine, `TORCH=torch==2.13.0` pins a version.
+# PYTHON is the interpreter (3.10 or newer), ARGS is passed on.
 
 TORCH ?= torch
 PYTHON ?= $(shell for p in python3.11 python3; do \
@@ -27,7 +27,7 @@ KEY := $(firstword $(shell echo '$(TORCH)' | cksum))
 DEMO := .venv/.demo-$(KEY)
 TEST := .venv/.test-$(KEY)
 
-# What an environment gets from the package's own requirements, beside torch
+# An override that leaves torch out of the package's requirements
 NO_TORCH := torch ; python_version < '3'
 COMPILE := pip compile --quiet --custom-compile-command 'make lock' --override /dev/stdin
 
@@ -74,7 +74,7 @@ clean:
 
 .PHONY: .python
 .python:
-	@test -n '$(PYTHON)' || { echo 'Python 3.10 or newer is needed; name one with PYTHON=...' >&2; exit 1; }
+	@test -n '$(PYTHON)' || { echo 'Python 3.10 or newer is needed; pass one with PYTHON=...' >&2; exit 1; }
 
 .venv/.created: | .python
 	$(PYTHON) -m venv .venv
@@ -87,7 +87,7 @@ $(DEMO) $(TEST): pyproject.toml constraints.txt | .venv/.created
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRA)]'
 	@touch $@
 
-# A new environment in ENV, with torch alone
+# A new environment in ENV, with only torch
 .PHONY: fresh
 fresh: .python
 	rm -rf $(ENV)

@@ -1,7 +1,7 @@
 """The InternLM-XComposer2 family of vision-language models on transformers 5.
 
 Importing this package registers its classes, so that `AutoModel.from_pretrained` and its siblings read the
-published checkpoints with this code instead of the code that lies beside them.
+published checkpoints with this code rather than the code that ships with them.
 """
 
 import functools
@@ -62,7 +62,7 @@ def _register() -> None:
 def _recognise_published() -> None:
     """Let `AutoConfig` read published checkpoints whose model type is that of the text-only decoder.
 
-    Those types can't be registered, as text-only checkpoints have them too, which need their own code.
+    Those types can't be registered: text-only checkpoints, which need their own code, use them too.
     """
     read = AutoConfig.from_pretrained.__func__
 
@@ -80,14 +80,14 @@ _OF_REMOTE_CODE = ("trust_remote_code", "code_revision")
 
 
 def is_published(source: str | os.PathLike, **kwargs) -> bool:
-    """Whether a `config.json` is that of a checkpoint of this family under another model type.
+    """Whether a `config.json` belongs to a checkpoint of this family under another model type.
 
     Args:
-        kwargs: those of `AutoConfig.from_pretrained`, but for the two about remote code.
+        kwargs: those of `AutoConfig.from_pretrained`, except the two about remote code.
     """
     try:
         fields, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
-    except Exception:  # whatever is wrong with it is AutoConfig's to say
+    except Exception:  # AutoConfig reports whatever is wrong with it
         return False
     if fields.get("model_type") not in PUBLISHED_MODEL_TYPES[1:]:
         return False

@@ -1,4 +1,4 @@
-"""Vision tower, 2x2 merge, projector and the Partial LoRA linear. Built from a configuration, unloaded."""
+"""Vision tower, 2x2 merge, projector and the Partial LoRA linear. Built from a configuration, not loaded."""
 
 import functools
 import re
@@ -25,13 +25,13 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 def outside_autocast(x: Tensor) -> AbstractContextManager:
-    """Within it, autocast to the other half type leaves what is computed from `x` alone.
+    """A context in which autocast to the other half type doesn't touch what is computed from `x`.
 
-    Published scripts run bfloat16 weights inside autocast to float16, in which the types of two parts of a
-    sum would differ. Weights in float32 stay under autocast, which is there for them.
+    Published scripts run bfloat16 weights inside autocast to float16, where the two parts of a sum would have
+    different types. Weights in float32 stay under autocast, which is meant for them.
     """
     kind = x.device.type
-    if kind == "meta":  # offloaded weights, which the accelerator computes with where there is one
+    if kind == "meta":  # offloaded weights: the accelerator, if there is one, computes with them
         kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if (
         x.dtype in HALF_TYPES
@@ -43,7 +43,7 @@ def outside_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def leaves_autocast(method: Callable) -> Callable:
-    """Let a method of a model leave autocast as `outside_autocast` does, by the type of its weights."""
+    """Run a model's method in `outside_autocast`, according to the type of its weights."""
 
     @functools.wraps(method)
     def call(self, *args, **kwargs):
@@ -69,7 +69,7 @@ def append_newlines(raster: Tensor, newline: Tensor) -> Tensor:
 
 
 def assemble_tiles(features: Tensor, grid: tuple[int, int], separator: Tensor, newline: Tensor) -> Tensor:
-    """Put the tiles of one picture in the order in which the decoder reads them.
+    """Put the tiles of one picture in the order the decoder reads them in.
 
     Args:
         features: (1 + rows * cols, patches, width), the global view first, then the tiles row by row.
@@ -90,7 +90,8 @@ def assemble_tiles(features: Tensor, grid: tuple[int, int], separator: Tensor, n
 def find_repetitions(tiles: Tensor) -> tuple[list[int], list[int]] | None:
     """Which of (tiles, 3, side, side) to encode, and for each tile its place among those.
 
-    `None` if none repeats another, or if they lie on an accelerator, where looking costs more than it saves.
+    `None` if no tile repeats another, or if they are on an accelerator, where checking costs more than it
+    saves.
     """
     if tiles.device.type != "cpu":
         return None
@@ -124,7 +125,7 @@ class CLIPVisionTransformer(nn.Module):
         return self.encoder(inputs_embeds=hidden_states).last_hidden_state
 
     def embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        """(images, 3, side, side) -> (images, 1 + patches, width), what enters the first layer."""
+        """(images, 3, side, side) -> (images, 1 + patches, width), the input of the first layer."""
         embeddings = self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         return self.pre_layrnorm(embeddings)
 
@@ -138,7 +139,7 @@ class CLIPVisionTransformer(nn.Module):
 
 
 class CLIPVisionBackbone(CLIPPreTrainedModel):
-    """The tower as a model of its own, so that it can be frozen, checkpointed and dispatched."""
+    """The tower as a separate model, so that it can be frozen, checkpointed and dispatched."""
 
     config_class = CLIPVisionConfig
     main_input_name = "pixel_values"
@@ -166,9 +167,9 @@ class CLIPVisionBackbone(CLIPPreTrainedModel):
         """(images, 3, side, side) -> (images, 1 + patches, width), before `post_layernorm`.
 
         Args:
-            output_hidden_states, return_dict: either makes the result an object, as that of CLIP in
-                transformers, whose `last_hidden_state` this is, with all `hidden_states` on request.
-            interpolate_pos_encoding: take pictures of another size than the tower's.
+            output_hidden_states, return_dict: either makes the result an object, like that of CLIP in
+                transformers, with this tensor as `last_hidden_state`, and all `hidden_states` on request.
+            interpolate_pos_encoding: accept pictures of a different size than the tower's.
         """
         if output_hidden_states:
             states = self.vision_model.all_hidden_states(pixel_values, interpolate_pos_encoding)
@@ -199,10 +200,10 @@ class CLIPVisionTower(nn.Module):
         """Nothing to do: the tower is built with the model and loaded from its own checkpoint."""
 
     def resize_pos(self) -> None:
-        """Nothing to do: the position table is built at the size that the configuration names."""
+        """Nothing to do: the position table is built at the size that the configuration gives."""
 
     def feature_select(self, image_forward_outs) -> Tensor:
-        """What `vision_tower` returned with hidden states -> (images, patches, width) of `select_layer`.
+        """The output of `vision_tower` with hidden states -> (images, patches, width) of `select_layer`.
 
         Raises:
             ValueError: `select_feature` is neither `"patch"` nor `"cls_patch"`.
@@ -224,7 +225,7 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """Patches of one square or tile."""
+        """Number of patches in one square or tile."""
         return (self.config.image_size // self.config.patch_size) ** 2
 
     @property
@@ -249,8 +250,8 @@ class CLIPVisionTower(nn.Module):
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """(tiles, 3, side, side) of any dtype and device -> (tiles, patches, width) on the tower's.
 
-        Without gradients, tiles that are the same are encoded once. Processes that hold the tower's weights
-        in parts run it once each, however many tiles each of them has.
+        Without gradients, identical tiles are encoded once. Processes that shard the tower's weights run it
+        once each, however many tiles each of them has.
         """
         device = tiles.device if self.device.type == "meta" else self.device
         places = None if torch.is_grad_enabled() or self.training else find_repetitions(tiles)
@@ -258,7 +259,7 @@ class CLIPVisionTower(nn.Module):
             firsts, places = places
             tiles = tiles[firsts]
         chunks = [tiles] if is_sharded(self.last_layer) else tiles.split(MAX_TILES_PER_BATCH)
-        # A frozen tower needs no gradients, even where checkpointing asks them of its embeddings.
+        # A frozen tower needs no gradients, even if checkpointing requires them of its embeddings.
         wanted = torch.is_grad_enabled() and not (is_frozen(self) and not tiles.requires_grad)
         chunks = [chunk.to(device, self.dtype) for chunk in chunks]
         with torch.set_grad_enabled(wanted), outside_autocast(chunks[0]):
@@ -284,9 +285,9 @@ class CLIPVisionTower(nn.Module):
             glb_GN, sub_GN: the newline vectors of the tiled versions.
 
         Returns:
-            Without newline vectors (images, patches, width), or for a list a list of (1, patches, width).
-            With them, for a list of padded pictures of any multiple of the tile's side, all tokens as
-            (1, tokens, 4 * width) and how many belong to each picture.
+            Without newline vectors: (images, patches, width), or for a list, a list of (1, patches, width).
+            With them, for a list of pictures padded to multiples of the tile's side: all tokens as
+            (1, tokens, 4 * width), and how many belong to each picture.
         """
         if glb_GN is None:
             if isinstance(images, list | tuple):
@@ -326,24 +327,24 @@ def build_vision_projector(config: InternLMXcomposer2Config) -> Projector:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether processes hold parts of the module's first weight (FSDP2, DeepSpeed ZeRO-3).
+    """Whether the module's first weight is sharded across processes (FSDP2, DeepSpeed ZeRO-3).
 
-    They put it together for each call, so that each of them must call the module equally often.
+    The weight is gathered for each call, so all processes must call the module equally often.
     """
     weight = next(module.parameters(), None)
     return hasattr(weight, "placements") or is_deepspeed_zero3_enabled()  # a DTensor has placements
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether none of the module's weights is trained."""
+    """Whether none of the module's weights are trained."""
     return not any(weight.requires_grad for weight in module.parameters())
 
 
 def must_see_pictures(model: nn.Module) -> bool:
     """Whether a training or evaluation batch without pictures must pass through the vision parts anyway.
 
-    In training, each weight that is trained gets a gradient from every batch, zero where the batch holds no
-    picture: other processes wait for it, and the optimiser treats every step alike.
+    In training, each trained weight gets a gradient from every batch, zero if the batch holds no picture:
+    other processes wait for it, and the optimiser treats every step alike.
     """
     if is_sharded(model.vit.last_layer):
         return True
@@ -365,23 +366,23 @@ def blank_picture(config: InternLMXcomposer2Config, device: torch.device) -> tup
 
 
 class LowRankUp(nn.Linear):
-    """The second of two low-rank factors (B): a linear of its own kind, because new ones start at zero."""
+    """The second of two low-rank factors (B): a separate class, because new ones start at zero."""
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """(rows, rank) -> (rows, out); where `onto` (rows, out) is given, added to it in place."""
+        """(rows, rank) -> (rows, out), added in place to `onto` (rows, out) if that is given."""
         return super().forward(x) if onto is None else onto.addmm_(x, self.weight.t())
 
     def adds_in_place(self, x: Tensor, onto: Tensor) -> bool:
-        """Whether the weight is a plain tensor of the type of both, neither quantised nor held in parts."""
+        """Whether the weight is a plain tensor of the same type as both, neither quantised nor sharded."""
         return type(self.weight.data) is Tensor and self.weight.dtype == x.dtype == onto.dtype
 
 
 class PLoRA(nn.Module):
     """A linear layer whose low-rank weights act on image tokens only (Partial LoRA, arXiv:2401.16420).
 
-    `y = W x` everywhere, plus `alpha / rank * B(A(dropout(x)))` on the tokens of pictures. Task adapters,
-    where a checkpoint has them, act on all tokens in the inference mode that names them. The plain linear is
-    a child of its own, so that a quantiser or an adapter library can replace it without touching the rest.
+    `y = W x` everywhere, plus `alpha / rank * B(A(dropout(x)))` on the tokens of pictures. Task adapters, if
+    a checkpoint has them, act on all tokens in the inference mode that names them. The plain linear is a
+    separate child, so that a quantiser or an adapter library can replace it without touching the rest.
     """
 
     def __init__(
@@ -436,14 +437,14 @@ class PLoRA(nn.Module):
         Args:
             im_mask: (batch, tokens), true on image tokens; any dtype and device.
             infer_mode: `"base"`, `"write"` or `"web"`.
-            image_rows: the same as `im_mask` as indices into batch * tokens, or as the one range they form;
-                worked out once per forward.
+            image_rows: the same as `im_mask`, as indices into batch * tokens or as the one range they form;
+                computed once per forward.
         """
         output = self.linear(x)
         if image_rows is None and im_mask is not None:
             image_rows = image_row_indices(im_mask, x.device)
         if image_rows is None and torch.is_grad_enabled() and self.Plora_A.weight.requires_grad:
-            # Without pictures these weights get gradients of zero, not none: other ranks may wait for them.
+            # Without pictures these weights get zero gradients, not `None`: other ranks may wait for them.
             image_rows = torch.empty(0, dtype=torch.long, device=x.device)
         if image_rows is not None:
             output = self._add_on_rows(output, x, image_rows)
@@ -452,7 +453,7 @@ class PLoRA(nn.Module):
         return output
 
     def _add_on_rows(self, output: Tensor, x: Tensor, rows: Tensor | slice) -> Tensor:
-        """The low-rank product of some rows, added to them: in place, unless gradients are wanted."""
+        """Add the low-rank product of some rows to them, in place unless gradients are needed."""
         x, flat = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
         if torch.is_grad_enabled() and isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=x.device)
@@ -466,7 +467,7 @@ class PLoRA(nn.Module):
         return add(0, rows, delta).view(output.shape)
 
     def _add_low_rank(self, output: Tensor, x: Tensor, name: str, scaling: float = 1.0) -> Tensor:
-        """`output + scaling * B(A(x))`: one product onto `output` itself where nothing forbids it."""
+        """`output + scaling * B(A(x))`, as one product straight into `output` where possible."""
         up = getattr(self, f"{name}_B")
         low = self._scaled(getattr(self, f"{name}_A")(x), scaling)
         if torch.is_grad_enabled():
@@ -479,19 +480,19 @@ class PLoRA(nn.Module):
 
     @staticmethod
     def _scaled(low: Tensor, scaling: float) -> Tensor:
-        """Scaled while it is narrow; most checkpoints have a scale of 1, which costs nothing."""
+        """Scale while the tensor is narrow; most checkpoints have a scale of 1, which costs nothing."""
         return low if scaling == 1.0 else low * scaling
 
 
 def image_row_indices(im_mask: Tensor | None, device: torch.device) -> Tensor | slice | None:
-    """Where the image tokens are among batch * tokens rows, worked out once for all linears of a forward.
+    """Where the image tokens are among batch * tokens rows, computed once for all linears of a forward.
 
     Args:
         im_mask: (batch, tokens) of any dtype.
 
     Returns:
-        Indices on `device`; the range where they form one and no gradients are wanted, which spares
-        gathering and scattering; `None` where there are none.
+        Indices on `device`; their range if they form one and no gradients are needed, which saves gathering
+        and scattering; `None` if there are none.
     """
     if im_mask is None:
         return None
@@ -507,19 +508,20 @@ def image_row_indices(im_mask: Tensor | None, device: torch.device) -> Tensor | 
 
 # ---- peft ----
 
-# Names of our weights that have "lora_" in them: Partial LoRA's, the newline vectors', the task adapters'.
+# Names of our weights that contain "lora_": those of Partial LoRA, newline vectors and task adapters.
 OWN_LOW_RANK = re.compile(r"Plora_|plora_|\.lora_\w+_[AB]\.")
 
 
 def introduce_to_peft() -> None:
-    """Let peft wrap a whole `PLoRA` where a target names it as published (`attention.wqkv`).
+    """Let peft wrap a whole `PLoRA` if a target gives its published name (`attention.wqkv`).
 
-    peft knows linears by their class, and has `_register_custom_module` for others, per configuration. This
-    calls it for whoever names a `PLoRA`. The adapter then sits where that of the published training sits,
-    under the same names, acts on all tokens and trains alone. Does nothing until peft is imported.
+    peft recognises linears by their class, and has `_register_custom_module` for others, per configuration.
+    This calls it for every configuration that targets a `PLoRA`. The adapter then sits where the published
+    training puts it, under the same names, acts on all tokens, and is all that trains. Does nothing until
+    peft is imported.
     """
     lora = sys.modules.get("peft.tuners.lora")
-    # Remote code makes copies of this file, each with a class of its own.
+    # Remote code makes copies of this file, each with its own class.
     if lora is None or PLoRA in (known := getattr(lora.LoraModel, "_plora_classes", ())):
         return
     create, mark = lora.LoraModel._create_new_module, lora.LoraModel._mark_only_adapters_as_trainable
@@ -528,7 +530,7 @@ def introduce_to_peft() -> None:
         """peft's layer around a `PLoRA`."""
 
         def merge(self, *args, **kwargs) -> None:
-            """As the base class.
+            """Like the base class.
 
             Raises:
                 ValueError: the plain weight is quantised.
@@ -545,7 +547,7 @@ def introduce_to_peft() -> None:
             return create(lora_config, adapter_name, target, **kwargs)
         lora_config._register_custom_module({PLoRA: PLoRAWithLora})
         with warnings.catch_warnings():
-            # It says so of any class of its own, and reads the widths all the same.
+            # peft warns about any custom class, and reads the widths anyway.
             warnings.filterwarnings("ignore", message="Unsupported layer type")
             return create(lora_config, adapter_name, target, **kwargs)
 
@@ -553,7 +555,7 @@ def introduce_to_peft() -> None:
         mark(self, model)
         if any(isinstance(module, PLoRA) for module in model.modules()):
             for name, weight in model.named_parameters():
-                if OWN_LOW_RANK.search(name):  # before 0.21 peft takes "lora_" in a name for its own
+                if OWN_LOW_RANK.search(name):  # peft before 0.21 takes any "lora_" to be its own
                     weight.requires_grad_(False)
 
     lora.LoraModel._create_new_module = staticmethod(create_new_module)

@@ -1,6 +1,6 @@
 """Keys and values: what a decoder has computed, within a turn and across turns.
 
-`GrowingCache` is what `generate` fills. `PromptCache` is what stays of it, owned by the `ChatHistory` that
+`GrowingCache` is what `generate` fills. `PromptCache` is what remains of it, owned by the `ChatHistory` that
 `chat` returns, so that the next turn computes only what is new.
 """
 
@@ -33,12 +33,12 @@ def pop_cache(kwargs: dict) -> Cache | None:
     """
     cache, older = kwargs.pop("cache", None), kwargs.pop("past_key_values", None)
     if cache is not None and older is not None:
-        raise ValueError("cache and past_key_values are two names of one argument; pass one of them")
+        raise ValueError("cache and past_key_values are two names for one argument; pass one of them")
     return older if cache is None else cache
 
 
 def accepts_both_names(method: Callable) -> Callable:
-    """Let a method with an argument `cache` be called with `past_key_values` too."""
+    """Let a method with a `cache` argument be called with `past_key_values` too."""
 
     @functools.wraps(method)
     def call(*args, **kwargs):
@@ -51,27 +51,27 @@ def accepts_both_names(method: Callable) -> Callable:
 
 # ---- a cache that grows in place ----
 
-# Room to spare whenever a layer runs full: one part in so many of its tokens, but at least so many tokens.
+# Spare room when a layer is full: 1 / SPARE_PART of its tokens, but at least LEAST_SPARE tokens.
 SPARE_PART = 8
 LEAST_SPARE = 128
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer, at the beginning of larger buffers.
+    """Keys and values of one layer, at the start of larger buffers.
 
     `keys` and `values` are (batch, heads, tokens, head_dim) as in every cache of transformers, and may be
-    replaced from outside: what stands there at the next update is what counts.
+    replaced from outside: whatever is there at the next update counts.
     """
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._views: tuple[Tensor, Tensor] | None = None
-        self._num_alike = 0  # so many first tokens are the same in all rows that came from one
+        self._num_alike = 0  # how many leading tokens are the same in all rows that came from one
 
     @property
     def is_own(self) -> bool:
-        """Whether `keys` and `values` still are the beginning of the buffers, and can be written to here."""
+        """Whether `keys` and `values` are still the start of the buffers, and can be written to here."""
         if self._views is None or self.keys is not self._views[0] or self.values is not self._views[1]:
             return False
         return torch.is_inference_mode_enabled() or not self.keys.is_inference()
@@ -80,7 +80,7 @@ class GrowingLayer(DynamicLayer):
         """(batch, heads, new tokens, head_dim) each -> all keys and all values.
 
         Raises:
-            ValueError: the rows are not as many as before.
+            ValueError: the number of rows has changed.
         """
         needs_old = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         if needs_old or torch.compiler.is_compiling():
@@ -88,7 +88,7 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.keys.shape[0] != key_states.shape[0]:
-            raise ValueError(f"the cache holds {self.keys.shape[0]} rows, but {key_states.shape[0]} go on")
+            raise ValueError(f"the cache holds {self.keys.shape[0]} rows, but got {key_states.shape[0]}")
         past, length = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         if not self.is_own or length > self._buffers[0].shape[2]:
             self._move(length)
@@ -98,14 +98,14 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Begin with no tokens, for rows and heads as in (batch, heads, new tokens, head_dim)."""
+        """Start without tokens, with the rows and heads of (batch, heads, new tokens, head_dim)."""
         super().lazy_initialization(key_states, value_states)
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
 
     def _move(self, length: int, repeats: int = 1) -> None:
-        """Let larger buffers begin with `keys` and `values`, each row `repeats` times, with room to spare."""
+        """Move `keys` and `values` to the start of larger buffers, each row `repeats` times."""
         if not self.is_own:
-            self._num_alike = 0  # replaced from outside: nothing is known of them
+            self._num_alike = 0  # replaced from outside: nothing is known about them
         past, buffers = self.keys.shape[2], []
         for old in (self.keys, self.values):
             rows, heads, _, head_dim = old.shape
@@ -117,11 +117,11 @@ class GrowingLayer(DynamicLayer):
         self._show(past)
 
     def _show(self, length: int) -> None:
-        """Let `keys` and `values` be the first `length` tokens of the buffers."""
+        """Make `keys` and `values` the first `length` tokens of the buffers."""
         self.keys, self.values = self._views = tuple(buffer[:, :, :length] for buffer in self._buffers)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens, and keep their room."""
+        """Remove the last `-tokens_to_remove` tokens, but keep the room they took."""
         is_own = self.is_own
         super().crop(tokens_to_remove)
         if is_own:
@@ -129,7 +129,7 @@ class GrowingLayer(DynamicLayer):
             self._num_alike = min(self._num_alike, self.keys.shape[2])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times: copied once, room for what comes included."""
+        """Repeat each row `repeats` times, in one copy that includes room for new tokens."""
         if self.get_seq_length():
             self._move(self.keys.shape[2], repeats)
             self._num_alike = self.keys.shape[2]
@@ -138,8 +138,8 @@ class GrowingLayer(DynamicLayer):
         """Give each row the tokens of row `beam_idx` (batch,).
 
         Args:
-            among_alike: each row follows one that came from the same row when rows were last repeated, so
-                that the tokens of that time need not move.
+            among_alike: each row gets the tokens of one that came from the same row when rows were last
+                repeated, so the tokens from before then need not move.
         """
         if not self.is_own:
             super().reorder_cache(beam_idx)
@@ -158,7 +158,7 @@ class GrowingLayer(DynamicLayer):
 class GrowingCache(Cache):
     """The cache of one prompt, or of a batch, in a `GrowingLayer` per layer of the decoder.
 
-    A step of decoding writes its own token and moves nothing else.
+    A decoding step writes its own token and moves nothing else.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -167,7 +167,7 @@ class GrowingCache(Cache):
         self._repeats = 1
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, for beams or several answers to one prompt."""
+        """Repeat each row `repeats` times, for beams or several answers to one prompt."""
         super().batch_repeat_interleave(repeats)
         self._repeats = repeats
 
@@ -181,20 +181,20 @@ class GrowingCache(Cache):
             layer.reorder_cache(beam_idx, among_alike)
 
 
-# ---- what stays across turns ----
+# ---- what is kept across turns ----
 
-# What makes peft's wrappers compute something else without touching a weight's version.
+# What changes the output of peft's wrappers without changing a weight's version.
 ADAPTER_STATE = ("merged_adapters", "active_adapters", "disable_adapters")
 
 
 @dataclass(frozen=True)
 class PromptCache:
-    """Keys and values of the tokens of one conversation, and what those tokens are. Never changed once made.
+    """Keys and values of the tokens of one conversation, and what those tokens are. Never modified.
 
     Attributes:
-        tokens: what stands at each position: a token's id, or for image tokens the picture's identity.
-        layers: per layer keys and values, each (1, kv heads, tokens, head_dim).
-        origin: what else the values depend on, as `origin_of` gives it.
+        tokens: what is at each position: a token's id, or the picture's identity for image tokens.
+        layers: keys and values of each layer, each (1, kv heads, tokens, head_dim).
+        origin: what else the values depend on, as `origin_of` returns it.
     """
 
     tokens: Sequence[Hashable]
@@ -207,7 +207,7 @@ class PromptCache:
         return sum(tensor.numel() * tensor.element_size() for layer in self.layers for tensor in layer)
 
     def shared_length(self, tokens: Sequence[Hashable], origin: Hashable) -> int:
-        """How many tokens at the start of another prompt are these."""
+        """How many leading tokens of another prompt are the same as these."""
         if origin != self.origin:
             return 0
         pairs = zip(self.tokens, tokens, strict=False)
@@ -215,7 +215,7 @@ class PromptCache:
         return next((i for i, (mine, other) in enumerate(pairs) if mine != other), overlap)
 
     def restore(self, length: int, config) -> Cache:
-        """A cache of its own that holds the first `length` tokens; writing to it leaves this one alone."""
+        """A separate cache of the first `length` tokens; writing to it leaves this one unchanged."""
         cache = GrowingCache(config)
         for index, (keys, values) in enumerate(self.layers):
             cache.update(keys[:, :, :length], values[:, :, :length], index)
@@ -223,11 +223,11 @@ class PromptCache:
 
 
 class ChatHistory(list):
-    """The turns of a conversation, (question, answer), that own what the decoder computed for them.
+    """The turns of a conversation, (question, answer), with what the decoder computed for them.
 
-    A list like any other. Passed to `chat` again, everything up to the first difference is reused; slices,
-    sums and copies share what is there, which is never changed, so that they can be continued apart.
-    Pickling leaves it out.
+    Otherwise an ordinary list. When it is passed to `chat` again, everything up to the first difference is
+    reused. Slices, sums and copies share what was computed, which is never modified, so they can be continued
+    independently. Pickling leaves it out.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class ChatHistory(list):
     def prompt_cache(self) -> PromptCache | None:
         """Keys and values of the last prompt and its answer, if they were kept.
 
-        Those of an answer that is still being written come as a `Future`; until then there are none.
+        Those of an answer that is still being written arrive as a `Future`; until then this is `None`.
         """
         cache = self._prompt_cache
         if isinstance(cache, Future):
@@ -248,7 +248,7 @@ class ChatHistory(list):
         return cache
 
     def release(self) -> None:
-        """Let go of keys and values now; the turns stay."""
+        """Free the keys and values now; the turns stay."""
         self._prompt_cache = None
 
     def copy(self) -> "ChatHistory":
@@ -271,9 +271,9 @@ class ChatHistory(list):
 
 
 def origin_of(model: nn.Module, infer_mode: str) -> Hashable:
-    """Everything beside the tokens that keys and values depend on: mode, weights and their state.
+    """Everything besides the tokens that keys and values depend on: mode, weights and their state.
 
-    A weight counts as changed when it was written to in place, replaced, moved or cast.
+    A weight counts as changed if it was written to in place, replaced, moved or cast.
     """
     state = hashlib.blake2b(f"{infer_mode} {model.config.text_config.rope_parameters}".encode())
     for weight in model.parameters():
@@ -282,20 +282,20 @@ def origin_of(model: nn.Module, infer_mode: str) -> Hashable:
     for module in model.modules():
         if hasattr(module, "merged_adapters"):
             state.update(repr([str(getattr(module, name)) for name in ADAPTER_STATE]).encode())
-    # The model too: the ids of one that is gone may be given to the next.
+    # The model too: the ids of a deleted one may be reused by the next.
     return weakref.ref(model), state.digest()
 
 
 def rotates_by_length(config) -> bool:
-    """Whether a prompt beyond `max_position_embeddings` has its keys rotated by its length (dynamic NTK)."""
+    """Whether the keys of a prompt beyond `max_position_embeddings` depend on its length (dynamic NTK)."""
     return config.rope_parameters["rope_type"] == "dynamic"
 
 
 def reusable_length(config, num_tokens: int, prompt_length: int) -> int:
-    """How many of `num_tokens` cached ones may serve another prompt, given the one they were computed for.
+    """How many of `num_tokens` cached tokens another prompt may reuse, given the one they were computed for.
 
-    Dynamic NTK rotates the keys of a prompt beyond `max_position_embeddings` by its length, so that those of
-    another length can't use them.
+    Dynamic NTK rotates the keys of a prompt beyond `max_position_embeddings` according to its length, so
+    prompts of another length can't reuse them.
     """
     if not rotates_by_length(config):
         return num_tokens
@@ -306,7 +306,7 @@ def reusable_length(config, num_tokens: int, prompt_length: int) -> int:
 def capture(
     cache: Cache, tokens: Sequence[Hashable], origin: Hashable, length: int, limit: int
 ) -> PromptCache | None:
-    """The first `length` tokens of a cache's first row, or as many of them as `limit` bytes hold."""
+    """The first `length` tokens of a cache's first row, or as many as fit in `limit` bytes."""
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     per_token = sum(t.shape[1] * t.shape[3] * t.element_size() for layer in layers for t in layer)
     length = min(length, cache.get_seq_length(), len(tokens), limit // per_token)
@@ -317,7 +317,7 @@ def capture(
 
 
 def _first_row(tensor: Tensor, length: int) -> Tensor:
-    """(rows, heads, tokens, d) -> (1, heads, length, d), copied where a view would hold much more alive."""
+    """(rows, heads, tokens, d) -> (1, heads, length, d), copied if a view would keep much more alive."""
     row = tensor[:1, :, :length]
     held = tensor.untyped_storage().nbytes()
     return row if held <= 1.25 * row.numel() * row.element_size() else row.clone()

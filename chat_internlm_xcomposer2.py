@@ -1,4 +1,4 @@
-"""`chat`, `batch_chat` and streams: questions about pictures and videos, as both API generations ask.
+"""`chat`, `batch_chat` and streams: questions about pictures and videos, in both generations of the API.
 
 A question becomes a `ChatPrompt` (`plan_chat`), the prompt an answer (`_answer` of the model that has these
 methods), and the answer a turn of the `ChatHistory`.
@@ -37,10 +37,10 @@ UNFINISHED = "\ufffd"  # what a tokenizer makes of the first bytes of a characte
 
 
 class AnswerWriter(BaseStreamer):
-    """The writing end of a stream: turns ids into text as they come. It knows nothing of the reader.
+    """The writing end of a stream: turns ids into text as they arrive. It knows nothing about the reader.
 
-    Text comes out token by token, without special tokens, and never ends within a character of several bytes.
-    No blank is taken away afterwards, as that would shift what was shown already.
+    Text comes out token by token, without special tokens, and never ends inside a multi-byte character. No
+    space is removed afterwards, as that would shift what has already been shown.
     """
 
     def __init__(self, tokenizer) -> None:
@@ -64,12 +64,12 @@ class AnswerWriter(BaseStreamer):
         if len(whole) > self._num_shown:
             self.texts.put(whole[self._num_shown :])
             self._num_shown = len(whole)
-        if text.endswith("\n"):  # decode no more than a line at a time; one token keeps the next one's blank
+        if text.endswith("\n"):  # decode one line at most; keep a token so that the next keeps its space
             self._ids = self._ids[-1:]
             self._num_shown = len(self._decode())
 
     def end(self) -> None:
-        """No more tokens; half a character that is left is never shown."""
+        """No more tokens; an incomplete character at the end is never shown."""
         self.texts.put(None)
 
     def _decode(self) -> str:
@@ -80,11 +80,11 @@ class AnswerWriter(BaseStreamer):
 class ChatStream(Iterator[str]):
     """An answer as it is written: an iterator of pieces of text, and a context manager.
 
-    Generation runs in a thread, from the first `next`. Closing stops it after the current token.
+    Generation runs in a thread that the first `next` starts. Closing stops it after the current token.
 
     Attributes:
         response: the answer so far.
-        history: the turns with this one added; complete, and with its keys and values, at the end.
+        history: the turns with this one added; at the end it is complete, with its keys and values.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class ChatStream(Iterator[str]):
             text = self._next_text()
             if text is None:
                 self.close()
-                self._kept.result()  # raises here what was raised there
+                self._kept.result()  # raises here whatever was raised there
                 break
             response = cut_response(self.response + text)
             piece, self.response = response[len(self.response) :], response
@@ -146,7 +146,7 @@ class ChatStream(Iterator[str]):
 
 
 def _write(generate: Callable[[], PromptCache | None], writer: AnswerWriter, kept: Future) -> None:
-    """The thread's work; it doesn't hold the reader, so that the reader's end can stop it."""
+    """The thread's work; it holds no reference to the reader, so that deleting the reader can stop it."""
     try:
         kept.set_result(generate())
     except BaseException as error:
@@ -158,9 +158,9 @@ def _write(generate: Callable[[], PromptCache | None], writer: AnswerWriter, kep
 
 
 class ChatMixin:
-    """The methods that users call. Needs `config`, `font` and `input_device`, and `_answer` to call.
+    """The methods that users call. Needs `config`, `font`, `input_device` and `_answer`.
 
-    `_answer` is that of `GenerateMixin`, or of another engine.
+    `_answer` comes from `GenerateMixin`, or from another engine.
     """
 
     @torch.no_grad()
@@ -184,21 +184,21 @@ class ChatMixin:
         reuse: bool = True,
         **generate_kwargs,
     ) -> tuple[str, ChatHistory]:
-        """Answer a question, about pictures and videos or without.
+        """Answer a question, with or without pictures and videos.
 
         Args:
             image: nothing, one picture or video, or a list of them: path, URL, `data:` URI, bytes,
                 `PIL.Image`, array or (3, height, width) tensor in 0..1; a list of frames inside the list is a
                 video; a (pictures, 3, side, side) tensor is taken as pixels that are already normalised.
-                `None` asks version 2.5 for the published text-only prompt, with BOS twice.
-            hd_num: how many local tiles a picture may be cut into, `config.hd_num` by default, in version 2.5
-                at most 6 where there are several pictures. Squares ignore it.
-            history: earlier (question, answer) turns. The pictures of all turns are passed each time.
-            streamer: gets the ids as they come, without those that end the answer.
-            use_meta: whether the system text goes before; in 2.5 only on request, in 2 and 4KHD by default.
-            reuse: whether the returned history owns what was computed (`model.reuse_limit` bytes at most),
-                and whether that of the passed one is used: only what differs from it is computed again.
-            generate_kwargs: anything `generate` takes.
+                `None` selects the published text-only prompt in version 2.5, with BOS twice.
+            hd_num: how many local tiles a picture may be cut into; `config.hd_num` by default, but at most 6
+                in version 2.5 if there are several pictures. Squares ignore it.
+            history: earlier (question, answer) turns. Pass the pictures of all turns each time.
+            streamer: gets the ids as they are generated, without those that end the answer.
+            use_meta: whether the system text goes first; only on request in 2.5, by default in 2 and 4KHD.
+            reuse: whether the returned history keeps what was computed (`model.reuse_limit` bytes at most),
+                and whether what the passed one kept is used: only what differs from it is computed again.
+            generate_kwargs: anything `generate` accepts.
 
         Returns:
             The answer, and the history with this turn added.
@@ -206,9 +206,9 @@ class ChatMixin:
         Raises:
             ValueError, TypeError, FileNotFoundError: anything wrong with the arguments, before any compute.
         """
-        if isinstance(hd_num, list | tuple):  # history is the fourth argument of the older generation
+        if isinstance(hd_num, list | tuple):  # in the older API, history is the fourth argument
             if history:
-                raise TypeError("arguments after a history in fourth place have to be named")
+                raise TypeError("arguments after a history in fourth place must be passed by name")
             hd_num, history = None, hd_num
         settings = self._settings(
             tokenizer,
@@ -243,16 +243,16 @@ class ChatMixin:
         meta_instruction: str | None = META_INSTRUCTION,
         **settings,
     ) -> list[tuple[str, ChatHistory]]:
-        """Answer several questions at once, each as `chat` would alone, but for what sampling draws.
+        """Answer several questions at once, each as `chat` would on its own, except for what sampling draws.
 
         Args:
-            images: for each question what `chat` takes as `image`: none, one or several, of any size.
-            histories: for each question its earlier turns.
-            settings: how answers are drawn, with the names and defaults of `chat`, and anything else that
-                `generate` takes.
+            images: for each question, what `chat` accepts as `image`: none, one or several, of any size.
+            histories: for each question, its earlier turns.
+            settings: how answers are generated, with the names and defaults of `chat`, and anything else that
+                `generate` accepts.
 
         Returns:
-            For each question the answer, and its history with this turn added.
+            For each question, the answer and its history with this turn added.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: anything wrong with the arguments, before any compute.
@@ -286,7 +286,7 @@ class ChatMixin:
         reuse: bool = True,
         **settings,
     ) -> ChatStream:
-        """As `chat`, with an iterator of pieces of the answer, which has the `history` at its end.
+        """Like `chat`, but returns an iterator of pieces of the answer, which has the `history` at the end.
 
         Closing the iterator stops the computation after the current token.
 
@@ -294,7 +294,7 @@ class ChatMixin:
             settings: as in `batch_chat`.
 
         Raises:
-            ValueError, TypeError, FileNotFoundError: as `chat`, at the call.
+            ValueError, TypeError, FileNotFoundError: as in `chat`, when called.
         """
         if settings.get("streamer") is not None:
             raise ValueError("a stream has its own streamer; pass yours to chat")
@@ -324,13 +324,13 @@ class ChatMixin:
         hd_num: int | None = None,
         **kwargs,
     ) -> Iterator[tuple[str, ChatHistory]]:
-        """As `chat_stream`, with the defaults and the results of the older generation.
+        """Like `chat_stream`, with the defaults and results of the older API.
 
         Returns:
             An iterator of (answer so far, history so far) that begins with an empty answer.
 
         Raises:
-            ValueError, TypeError, FileNotFoundError: as `chat`, at the call.
+            ValueError, TypeError, FileNotFoundError: as in `chat`, when called.
         """
         settings = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature}
         settings |= {"top_p": top_p, "repetition_penalty": repetition_penalty, **kwargs}
@@ -342,7 +342,7 @@ class ChatMixin:
     def build_inputs(
         self, tokenizer, query: str, history: History = (), meta_instruction: str | None = ""
     ) -> BatchEncoding:
-        """The published text-only prompt as (1, tokens) ids on the model's device; BOS stands twice."""
+        """The published text-only prompt as (1, tokens) ids on the model's device, with BOS twice."""
         prompt = format_prompt(query, history, meta_instruction)
         return text_only_ids(tokenizer, prompt, return_tensors="pt").to(self.input_device)
 
@@ -355,10 +355,10 @@ class ChatMixin:
         history: History = (),
         meta: str | None = "",
     ) -> dict:
-        """Everything `forward` needs for one prompt, with all checks made and nothing computed by the model.
+        """Everything `forward` needs for one prompt, fully checked but with nothing computed by the model.
 
         Returns:
-            `input_ids`, and with pictures `pixel_values`, `image_grid_hw` and `im_mask`.
+            `input_ids`, and with pictures also `pixel_values`, `image_grid_hw` and `im_mask`.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: anything wrong with the arguments.
@@ -381,10 +381,10 @@ class ChatMixin:
         infer_mode: str = "base",
         **settings,
     ) -> dict:
-        """`generate`'s arguments: how tokens are drawn, where an answer ends, and what the caller adds.
+        """`generate`'s arguments: how tokens are chosen, where an answer ends, and what the caller adds.
 
         Raises:
-            ValueError, TypeError: they, or the tokenizer, can't be worked with.
+            ValueError, TypeError: they, or the tokenizer, are unusable.
         """
         check_tokenizer(self.config, tokenizer)
         settings = {
@@ -402,7 +402,7 @@ class ChatMixin:
         return settings
 
     def _check_settings(self, settings: dict) -> None:
-        """Raise `ValueError` or `TypeError` for what `generate` would refuse only after the tower has run."""
+        """Raise `ValueError` or `TypeError` for what `generate` would reject only after the tower has run."""
         check_infer_mode(settings["infer_mode"], self.config.text_config)
         check_numbers(settings)
         if settings.get("streamer") is not None and settings.get("num_beams", 1) > 1:
@@ -419,7 +419,7 @@ def _answers_so_far(stream: ChatStream) -> Iterator[tuple[str, ChatHistory]]:
 
 
 def check_numbers(settings: dict) -> None:
-    """Raise `TypeError` or `ValueError` for a number that `generate` can't work with."""
+    """Raise `TypeError` or `ValueError` for a number that `generate` can't use."""
     for name in ("max_new_tokens", "num_beams"):
         value = settings.get(name, 1)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
@@ -433,7 +433,7 @@ def check_numbers(settings: dict) -> None:
         if not value > 0 or (name == "top_p" and value > 1):
             limits = "above 0 and at most 1" if name == "top_p" else "above 0"
             raise ValueError(
-                f"{name} must be {limits}, not {value}; do_sample=False takes the likeliest tokens"
+                f"{name} must be {limits}, not {value}; do_sample=False picks the most likely tokens"
             )
 
 

@@ -1,7 +1,7 @@
-"""What lies in a checkpoint, read without loading it, and what `from_pretrained` makes of it.
+"""What a checkpoint contains, read without loading it, and what `from_pretrained` makes of it.
 
-Files and their indexes, headers of tensors, the configuration that they add up to, task adapters to leave
-out, and the checks before and after loading.
+Files and their indexes, tensor headers, the configuration that they add up to, task adapters to leave out,
+and the checks before and after loading.
 """
 
 import json
@@ -69,11 +69,11 @@ def hub_arguments_in(arguments: dict) -> dict:
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file of weights says of one of its tensors."""
+    """What a weight file says about one of its tensors."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    file: Path | None = None  # where it lies, if it isn't in memory
+    file: Path | None = None  # where it is stored, unless in memory
 
     @property
     def num_elements(self) -> int:
@@ -87,10 +87,10 @@ class TensorHeader:
 
 
 def checkpoint_config(source: str | os.PathLike, **hub_arguments) -> InternLMXcomposer2Config:
-    """The configuration of a checkpoint, sizes and version as its weights say where there are any.
+    """The configuration of a checkpoint, with the sizes and version of its weights if it has any.
 
     Raises:
-        OSError: no `config.json` lies there.
+        OSError: there is no `config.json`.
         ValueError: it describes another model.
     """
     config = InternLMXcomposer2Config.from_pretrained(source, **hub_arguments)
@@ -112,13 +112,13 @@ def checkpoint_headers(
     """Shape and type of every tensor of a checkpoint, by name.
 
     Args:
-        source: a directory, or a hub id, whose files then go through the hub's own cache.
+        source: a directory, or a hub id, whose files go through the hub's own cache.
         state_dict: the tensors themselves, instead of a source.
         hub_arguments: those of `HUB_ARGUMENTS`.
 
     Raises:
-        FileNotFoundError: no weights lie there, or not all of them.
-        ValueError: a file of weights is truncated or damaged.
+        FileNotFoundError: there are no weights, or not all of them.
+        ValueError: a weight file is truncated or damaged.
     """
     if state_dict is None:
         return read_headers(weight_paths(source, **hub_arguments))
@@ -134,7 +134,7 @@ def read_headers(paths: list[Path]) -> dict[str, TensorHeader]:
     """Name, shape and type of every tensor in these files; no values are read.
 
     Raises:
-        ValueError: a file is truncated or damaged, or holds something else than tensors.
+        ValueError: a file is truncated or damaged, or holds something other than tensors.
     """
     headers: dict[str, TensorHeader] = {}
     for path in paths:
@@ -142,7 +142,7 @@ def read_headers(paths: list[Path]) -> dict[str, TensorHeader]:
             is_safetensors = path.suffix == ".safetensors"
             headers.update(_safetensors_headers(path) if is_safetensors else _torch_headers(path))
         except Exception as error:  # each format raises its own kinds
-            raise ValueError(f"{path} can't be read as a file of weights: {error}") from error
+            raise ValueError(f"{path} can't be read as a weight file: {error}") from error
     return headers
 
 
@@ -150,7 +150,7 @@ def weight_paths(source: str | os.PathLike, **hub_arguments) -> list[Path]:
     """The files that hold a checkpoint's weights: one, or those that its index names.
 
     Raises:
-        FileNotFoundError: no weights lie there, or shards are missing.
+        FileNotFoundError: there are no weights, or shards are missing.
         ValueError: the index can't be read.
     """
     for single in chain(WEIGHT_FILES, _packed_files(source, hub_arguments)):
@@ -164,7 +164,7 @@ def weight_paths(source: str | os.PathLike, **hub_arguments) -> list[Path]:
             return list(found.values())
     if os.path.isdir(source) and (shards := shards_without_index(Path(source))):
         raise FileNotFoundError(
-            f"{source} holds {len(shards)} shards but no index of them; to write one: {adopt_command(source)}"
+            f"{source} holds {len(shards)} shards but no index; to write one, run: {adopt_command(source)}"
         )
     raise FileNotFoundError(f"no weights in {source}; looked for {', '.join(WEIGHT_FILES + INDEX_FILES)}")
 
@@ -173,20 +173,20 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> name of its shard, from an index file.
 
     Raises:
-        ValueError: the file is not an index of shards.
+        ValueError: the file is not a shard index.
     """
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): os.fspath(shard) for name, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} can't be read as an index of shards: {error!r}") from error
+        raise ValueError(f"{index} can't be read as a shard index: {error!r}") from error
 
 
 def shards_without_index(directory: Path) -> list[Path]:
-    """Shards named `...-00001-of-00003...` in a directory, the safetensors ones if there are both kinds.
+    """Shards named `...-00001-of-00003...` in a directory; the safetensors ones if there are both kinds.
 
     Raises:
-        FileNotFoundError: there are fewer of them than their names say.
+        FileNotFoundError: there are fewer than their names say.
     """
     found = sorted(path for path in directory.iterdir() if _NUMBERED.fullmatch(path.name))
     found = [path for path in found if path.suffix == ".safetensors"] or found
@@ -207,12 +207,12 @@ def _refuse_gaps(source: str | os.PathLike, missing: list[str], num_shards: int)
 
 
 def adopt_command(source: str | os.PathLike) -> str:
-    """The line that makes a directory that can be loaded out of `source`."""
+    """The command that turns `source` into a directory that can be loaded."""
     return f"ixc2 adopt {shlex.quote(os.fspath(source))}"
 
 
 def _packed_files(source: str | os.PathLike, hub_arguments: dict) -> Iterator[str]:
-    """The names that GPTQ's packer gives to files of weights."""
+    """The names that GPTQ's packer gives to weight files."""
     if fields := quantize_fields(source, **hub_arguments):
         usual = f"gptq_model-{fields.get('bits')}bit-{fields.get('group_size')}g"
         for base in dict.fromkeys((fields.get("model_file_base_name") or usual, usual)):
@@ -220,7 +220,7 @@ def _packed_files(source: str | os.PathLike, hub_arguments: dict) -> Iterator[st
 
 
 def _find(source: str | os.PathLike, name: str, hub_arguments: dict) -> Path | None:
-    """A file of a directory, or of a hub checkpoint, downloaded if need be; `None` where there is none.
+    """A file of a directory, or of a hub checkpoint, downloaded if necessary; `None` if there is none.
 
     Raises:
         OSError: there is no such repository, or it is gated.
@@ -231,7 +231,7 @@ def _find(source: str | os.PathLike, name: str, hub_arguments: dict) -> Path | N
     try:
         path = cached_file(os.fspath(source), name, **hub_arguments)
     except OSError as error:
-        # A missing file has no cause; one that is not in the cache while there is no network has this one.
+        # A missing file has no cause; one that isn't cached while there is no network has this one.
         if error.__cause__ is None or isinstance(error.__cause__, LocalEntryNotFoundError):
             return None
         raise
@@ -245,7 +245,7 @@ def _safetensors_headers(path: Path) -> dict[str, TensorHeader]:
             tensor = file.get_slice(name)
             dtype = SAFETENSORS_DTYPES.get(tensor.get_dtype())
             if dtype is None:
-                raise ValueError(f"{name} is of the unknown type {tensor.get_dtype()}")
+                raise ValueError(f"{name} has the unknown type {tensor.get_dtype()}")
             headers[name] = TensorHeader(tuple(tensor.get_shape()), dtype, path)
     return headers
 
@@ -256,14 +256,14 @@ def _torch_headers(path: Path) -> dict[str, TensorHeader]:
 
 
 def load_torch_file(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """The tensors of a `.bin` file, mapped into memory; only files from before torch 1.6 are read whole.
+    """The tensors of a `.bin` file, memory-mapped; only files from before torch 1.6 are read whole.
 
     Raises:
         ValueError: something in it is not a tensor.
     """
     tensors = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(tensors, dict):
-        raise ValueError(f"it holds a {type(tensors).__name__} and not tensors by name")
+        raise ValueError(f"it holds a {type(tensors).__name__}, not tensors by name")
     others = [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise ValueError(
@@ -273,10 +273,10 @@ def load_torch_file(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
 
 
 def read_config(config_class: type, source: str | os.PathLike, **kwargs) -> tuple:
-    """A configuration and the arguments that it left unused, as `from_pretrained` gives them.
+    """A configuration and the arguments that it left unused, as `from_pretrained` returns them.
 
     Raises:
-        OSError: there is no `config.json`, or it can't be read; says what to run where weights lie there.
+        OSError: there is no `config.json`, or it can't be read; says what to run if there are weights.
     """
     hub_arguments = hub_arguments_in(kwargs)
     if not os.path.isfile(source) and _find(source, "config.json", hub_arguments) is None:
@@ -303,22 +303,22 @@ def _hint_to_adopt(source: str | os.PathLike) -> str:
 
 @contextmanager
 def asking_for_heads(source: str | os.PathLike) -> Iterator[None]:
-    """Let an error about the heads, the one size that the weights don't tell, end in what to run."""
+    """End an error about the heads, the one size that the weights don't determine, with what to run."""
     try:
         yield
     except AttentionHeadsError as error:
         line = f"{adopt_command(source)} --num-attention-heads N"
-        raise ValueError(f"{error}; with the N of its model card, run: {line}") from error
+        raise ValueError(f"{error}; with N from its model card, run: {line}") from error
 
 
 def packer_arguments(source: str | os.PathLike | None, arguments: dict, hub_arguments: dict) -> dict:
-    """What `from_pretrained` gets in place of a path whose weights bear a name that only GPTQ's packer gives.
+    """What `from_pretrained` gets in place of a path whose weights have a name that only GPTQ's packer gives.
 
     Args:
         arguments: those of `from_pretrained`.
 
     Returns:
-        The weights and the settings of `generate`; empty where transformers finds them itself.
+        The weights and the settings of `generate`; empty if transformers finds them itself.
     """
     if arguments.get("state_dict") is not None or any(
         has_file(source, name, **hub_arguments) for name in WEIGHT_FILES + INDEX_FILES
@@ -336,13 +336,13 @@ def packer_arguments(source: str | os.PathLike | None, arguments: dict, hub_argu
 
 
 def quantize_fields(source: str | os.PathLike, **hub_arguments) -> dict:
-    """What `quantize_config.json` says, which lies beside GPTQ weights; empty without one."""
+    """The content of `quantize_config.json`, which comes with GPTQ weights; empty without one."""
     path = _find(source, "quantize_config.json", hub_arguments)
     return json.loads(path.read_text(encoding="utf-8")) if path else {}
 
 
 def check_loading(info: dict, source) -> None:
-    """Raise `ValueError` that lists every tensor that is missing, unknown or of another shape."""
+    """Raise a `ValueError` that lists every tensor that is missing, unknown or of another shape."""
     faults = [
         f"{len(info[kind])} {what}: {', '.join(sorted(map(str, info[kind])))}"
         for kind, what in (
@@ -354,14 +354,14 @@ def check_loading(info: dict, source) -> None:
         if info.get(kind)
     ]
     if faults:
-        raise ValueError(f"the weights in {source} don't fit this model; tensors {'; '.join(faults)}")
+        raise ValueError(f"the weights in {source} don't fit this model; tensors: {'; '.join(faults)}")
 
 
 def choose_adapters(config: InternLMXcomposer2Config, modes: Sequence[str] | None) -> list[str]:
-    """Let the configuration name the task adapters of some inference modes only.
+    """Keep the task adapters of only some inference modes in the configuration.
 
     Args:
-        modes: of `"write"` and `"web"`; `None` leaves all that the checkpoint has.
+        modes: any of `"write"` and `"web"`; `None` keeps all that the checkpoint has.
 
     Returns:
         The names of those that are left out.
@@ -377,7 +377,7 @@ def choose_adapters(config: InternLMXcomposer2Config, modes: Sequence[str] | Non
         raise TypeError(f"adapters must be a sequence of modes such as ('web',), not {modes!r}")
     known = [mode for mode, names in ADAPTERS_OF_MODE.items() if names]
     if unknown := [mode for mode in modes if mode not in known]:
-        raise ValueError(f"no adapters for the mode {unknown[0]!r}; adapters takes {' and '.join(known)}")
+        raise ValueError(f"no adapters for the mode {unknown[0]!r}; adapters accepts {' and '.join(known)}")
     wanted = [name for mode in modes for name in ADAPTERS_OF_MODE[mode]]
     if lacking := [name for name in wanted if name not in found]:
         raise ValueError(
@@ -392,7 +392,7 @@ def choose_adapters(config: InternLMXcomposer2Config, modes: Sequence[str] | Non
 
 
 def tensor_parallel_size(arguments: dict) -> int:
-    """Between how many processes the arguments of `from_pretrained` cut the model."""
+    """How many processes the arguments of `from_pretrained` split the model across."""
     settings = arguments.get("distributed_config") or {}
     settings = settings if isinstance(settings, dict) else vars(settings)
     plan, size = (arguments.get(name) or settings.get(name) for name in ("tp_plan", "tp_size"))
@@ -406,11 +406,11 @@ def tensor_parallel_size(arguments: dict) -> int:
 
 
 def check_divisible(text_config, size: int) -> None:
-    """Raise `ValueError` unless `size` processes can share the decoder evenly."""
+    """Raise `ValueError` unless `size` processes can split the decoder evenly."""
     for name in ("num_key_value_heads", "intermediate_size", "vocab_size"):
         total = getattr(text_config, name)
         if total % size:
             raise ValueError(
-                f"{size} processes can't share {name} {total} evenly; start a number of them that divides "
-                f"it, of at most {text_config.num_key_value_heads}"
+                f"{size} processes can't split {name} {total} evenly; start a number that divides it, at "
+                f"most {text_config.num_key_value_heads}"
             )

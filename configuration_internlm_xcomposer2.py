@@ -1,8 +1,8 @@
-"""Which numbers and names exist: every size, rank and token id of a checkpoint, its tensors and its classes.
+"""Numbers and names: every size, rank and token id of a checkpoint, its tensors and its classes.
 
 Published `config.json` files are flat and leave out most of what differs between the checkpoints of the
 family. `InternLMXcomposer2Config` accepts them as they are, fills in the defaults of their version, and
-`InternLMXcomposer2Config.complete_from_shapes` lets the weights have the last word. No torch here.
+`InternLMXcomposer2Config.complete_from_shapes` gives the weights the last word. No torch here.
 """
 
 import copy
@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.utils import logging
 
-# One name for all copies of this file that remote code makes, so that what is said once is said once.
+# One name for all copies of this file that remote code makes, so that `warning_once` really warns once.
 logger = logging.get_logger("internlm_xcomposer2")
 
 # The newest release of transformers that the tests have passed on.
@@ -26,11 +26,11 @@ TESTED_TRANSFORMERS = "5.24"
 
 
 def warn_of_untested(installed: str = transformers.__version__, tested: str = TESTED_TRANSFORMERS) -> None:
-    """Say once that a release of transformers is newer than the newest that the tests have passed on."""
+    """Warn once that transformers is newer than the newest release that the tests have passed on."""
     if parse(installed).release[:2] > parse(tested).release[:2]:
         logger.warning_once(
             f"transformers {installed} is newer than {tested}, the newest release that internlm_xcomposer2 "
-            f'has been tested with. If something fails, go back: pip install "transformers=={tested}.*"'
+            f'has been tested with. If something fails, downgrade: pip install "transformers=={tested}.*"'
         )
 
 
@@ -42,15 +42,15 @@ warn_of_untested()
 
 @dataclass(frozen=True)
 class Version:
-    """What differs between the versions of the family, and published files leave out.
+    """What differs between the versions of the family and is missing from published files.
 
     Attributes:
         image_size: side of a square or tile in pixels.
         layout: how pictures are cut: `"square"`, or one of `ixc_utils.TILE_RULES`.
         hd_num: the default number of local tiles of one picture.
-        hd_num_of_several: the same where a prompt has several pictures, `None` for no other number.
+        hd_num_of_several: the same if a prompt has several pictures, `None` if it doesn't differ.
         max_length: the published limit of prompt and answer together, in tokens.
-        plora_wqkv_rank, plora_wqkv_alpha: of the image-only weights of `wqkv`, where they have their own.
+        plora_wqkv_rank, plora_wqkv_alpha: of the image-only weights of `wqkv`, if those differ.
         task_adapters: the rank of each task adapter.
         reads_videos: whether a video becomes one picture of its frames.
     """
@@ -66,7 +66,7 @@ class Version:
     reads_videos: bool = False
 
 
-# Model cards, state dicts and the published code.
+# From model cards, state dicts and the published code.
 VERSIONS = {
     "2": Version(image_size=490, layout="square", hd_num=1, max_length=4096),
     "2-4khd": Version(
@@ -83,10 +83,10 @@ VERSIONS = {
     ),
 }
 
-# What `model_type` says in the published files; two of them name the text-only decoder.
+# The values of `model_type` in the published files; two of them name the text-only decoder.
 PUBLISHED_MODEL_TYPES = ("internlmxcomposer2", "internlm2", "internlm")
 
-# Adapters that each inference mode adds on every token, in the order in which they are added.
+# Adapters that each inference mode adds to every token, in the order in which they are added.
 ADAPTERS_OF_MODE = {"base": (), "write": ("sft", "dpo"), "web": ("web",)}
 
 _IMAGE_TOKEN_ID = 92398  # [UNUSED_TOKEN_1] of the published vocabulary
@@ -103,12 +103,12 @@ _CLIP_LARGE = {
     "projection_dim": 768,
 }
 
-# Width of an attention head in every published checkpoint; the weights don't tell how many heads there are.
+# Width of an attention head in every published checkpoint; the weights don't say how many heads there are.
 _HEAD_DIM = 128
 
 _ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "yarn")
 
-# Linears whose outputs tensor parallelism cuts between the processes, and those whose inputs it cuts.
+# Linears whose outputs tensor parallelism splits across processes, and those whose inputs it splits.
 _CUT_OUTPUTS = ("attention.wqkv", "feed_forward.w1", "feed_forward.w3")
 _CUT_INPUTS = ("attention.wo", "feed_forward.w2")
 
@@ -127,19 +127,19 @@ TEXT_SIZES = (
 
 
 class AttentionHeadsError(ValueError):
-    """The number of attention heads, the one size that the weights don't tell, doesn't fit the others."""
+    """The number of attention heads, the one size that the weights don't determine, doesn't fit the rest."""
 
 
 def check_infer_mode(infer_mode: str, config: "InternLMXcomposer2TextConfig") -> None:
     """Raise `ValueError` for an unknown mode, or one whose adapters the checkpoint lacks."""
     if not isinstance(infer_mode, str) or infer_mode not in ADAPTERS_OF_MODE:
-        raise ValueError(f"unknown infer_mode {infer_mode!r}; it is one of {', '.join(ADAPTERS_OF_MODE)}")
+        raise ValueError(f"unknown infer_mode {infer_mode!r}; choose one of {', '.join(ADAPTERS_OF_MODE)}")
     lacking = [name for name in ADAPTERS_OF_MODE[infer_mode] if name not in config.task_adapters]
     if lacking:
         raise ValueError(
             f"infer_mode {infer_mode!r} needs the adapters {', '.join(lacking)}, but this model has "
             f"{', '.join(config.task_adapters) or 'none'}; use infer_mode='base', or load "
-            f"InternLM-XComposer2.5-7B without the argument adapters or with {infer_mode!r} in it"
+            f"InternLM-XComposer2.5-7B without the adapters argument or with {infer_mode!r} in it"
         )
 
 
@@ -148,13 +148,13 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
 
     Args:
         plora_rank, plora_alpha: rank and numerator of the scale (`alpha / rank`) of the image-only weights.
-        plora_wqkv_rank, plora_wqkv_alpha: the same for `wqkv` where it differs (4KHD: 8 and 16).
+        plora_wqkv_rank, plora_wqkv_alpha: the same for `wqkv` if it differs (4KHD: 8 and 16).
         plora_dropout: dropout before the low-rank product, in training only.
         task_adapters: rank of each task adapter, for instance `{"sft": 256, "dpo": 256, "web": 512}`.
         rope_theta, rope_scaling: rotary base and, as published, `{"type": "dynamic", "factor": 2.0}`.
 
     Raises:
-        ValueError: a size, a rank or the rotary scaling is impossible.
+        ValueError: a size, a rank or the rotary scaling is invalid.
     """
 
     model_type = "internlmxcomposer2_text"
@@ -198,7 +198,7 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
         if num_attention_heads is None:
             num_attention_heads = max(1, hidden_size // _HEAD_DIM)
         self.num_attention_heads = num_attention_heads
-        if num_key_value_heads is None:  # 8 in every published checkpoint; the weights know better
+        if num_key_value_heads is None:  # 8 in every published checkpoint; the weights correct it
             num_key_value_heads = 8 if num_attention_heads % 8 == 0 else num_attention_heads
         self.num_key_value_heads = num_key_value_heads
         self.hidden_act = hidden_act
@@ -231,10 +231,10 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """transformers' plan for cutting the decoder between processes, low-rank weights included.
+        """transformers' plan for splitting the decoder across processes, low-rank weights included.
 
-        `wqkv` packs whole key-value groups one after the other, so its rows are cut between groups. Of two
-        low-rank factors the one that meets what is cut is cut with it, and the other is whole everywhere.
+        `wqkv` packs whole key-value groups one after the other, so its rows are split between groups. Of two
+        low-rank factors, the one on the split side is split too, and the other is whole in every process.
         """
         low_rank = ["Plora", *(f"lora_{name}" for name in self.task_adapters)]
         plan = {"tok_embeddings": "embedding_rowwise"}
@@ -275,11 +275,11 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
 
 
 def _rope_parameters(scaling: dict | None, theta: float) -> dict:
-    """Today's `rope_parameters` from the published `rope_scaling` (`type`, `factor`) and `rope_theta`."""
+    """The current `rope_parameters` from the published `rope_scaling` (`type`, `factor`) and `rope_theta`."""
     parameters = dict(scaling or {})
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     if rope_type not in _ROPE_TYPES:
-        raise ValueError(f"unknown type of rope_scaling {rope_type!r}; it is one of {', '.join(_ROPE_TYPES)}")
+        raise ValueError(f"unknown rope_scaling type {rope_type!r}; choose one of {', '.join(_ROPE_TYPES)}")
     parameters.pop("type", None)
     factor = parameters.get("factor")
     if rope_type in ("dynamic", "linear") and not (isinstance(factor, int | float) and factor >= 1):
@@ -290,8 +290,8 @@ def _rope_parameters(scaling: dict | None, theta: float) -> dict:
 class InternLMXcomposer2Config(PreTrainedConfig):
     """A whole checkpoint: decoder, vision tower, and how pictures become tokens.
 
-    Takes the nested form (`text_config`, `vision_config`) and the published flat one, whose text fields it
-    hands on to `text_config`; they can be read and set here too (`config.hidden_size`).
+    Accepts the nested form (`text_config`, `vision_config`) and the published flat one, whose text fields it
+    passes on to `text_config`; they can be read and set here too (`config.hidden_size`).
 
     Args:
         version: `"2"` (one square), `"2-4khd"` (336 px tiles) or `"2.5"` (560 px tiles).
@@ -299,15 +299,15 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         vision_config: fields of `CLIPVisionConfig`; `image_size` is the side of a square or tile in pixels.
         img_size: the published name of the square's side (version `"2"` only); wins over `vision_config`.
         image_token_id: the vocabulary piece that stands for one image token, `[UNUSED_TOKEN_1]` by default.
-        end_token_id: the piece that ends a turn, `[UNUSED_TOKEN_145]`, at which generation stops too.
+        end_token_id: the piece that ends a turn, `[UNUSED_TOKEN_145]`, where generation stops too.
         hd_num: the default number of local tiles that a picture may be cut into.
-        video_memory_size: input width of `video_mem_proj` (OmniLive base), or `None` where there is none.
+        video_memory_size: input width of `video_mem_proj` (OmniLive base), or `None` if there is none.
         max_length: the published limit of prompt and answer together, in tokens.
         num_labels: scores of a reward model, one unless `id2label` names more.
-        kwargs: every field of `InternLMXcomposer2TextConfig`, as published files have them.
+        kwargs: any field of `InternLMXcomposer2TextConfig`, as in published files.
 
     Raises:
-        ValueError: the version is unknown, or a size impossible.
+        ValueError: the version is unknown, or a size is invalid.
     """
 
     model_type = "internlmxcomposer2"
@@ -351,7 +351,7 @@ class InternLMXcomposer2Config(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
-        """As the base class, with the model types of published files read as ours."""
+        """Like the base class, but reads the model types of published files as ours."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if config_dict.get("model_type") in PUBLISHED_MODEL_TYPES:
             config_dict["model_type"] = cls.model_type
@@ -359,10 +359,10 @@ class InternLMXcomposer2Config(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As the base class, but the attention implementation of a published file is only a caller's choice.
+        """Like the base class, but only the caller can choose the attention implementation, not the file.
 
         Published files ask for `flash_attention_2`, which would make every load without a GPU fail. And
-        `quantization_config=None` means none of the caller's; it would hide how the weights are stored.
+        `quantization_config=None` means that the caller has none; it would hide how the weights are stored.
         """
         if kwargs.get("quantization_config", ...) is None:
             del kwargs["quantization_config"]
@@ -383,7 +383,7 @@ class InternLMXcomposer2Config(PreTrainedConfig):
             raise ValueError(f"hd_num must be a positive integer, not {self.hd_num!r}")
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
-                f"image_token_id {self.image_token_id} lies outside the vocabulary of "
+                f"image_token_id {self.image_token_id} is outside the vocabulary of "
                 f"{self.text_config.vocab_size} pieces"
             )
 
@@ -399,7 +399,7 @@ class InternLMXcomposer2Config(PreTrainedConfig):
 
     @property
     def attn_implementation(self) -> str | None:
-        """The attention implementation in force, under its published name."""
+        """The attention implementation in use, under its published name."""
         return self._attn_implementation
 
     @attn_implementation.setter
@@ -408,7 +408,7 @@ class InternLMXcomposer2Config(PreTrainedConfig):
 
     @property
     def tile_tokens_per_side(self) -> int:
-        """Side, in tokens, of what one square or tile becomes: patches, merged 2x2 where there are tiles."""
+        """Side, in tokens, of what one square or tile becomes: patches, merged 2x2 if there are tiles."""
         patches = self.vision_config.image_size // self.vision_config.patch_size
         return patches // 2 if self.is_tiled else patches
 
@@ -418,13 +418,13 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         return self.vision_config.hidden_size * (4 if self.is_tiled else 1)
 
     def complete_from_shapes(self, shapes: dict[str, tuple[int, ...]]) -> "InternLMXcomposer2Config":
-        """A copy in which every size that the weights determine is what they say.
+        """A copy in which every size that the weights determine comes from them.
 
         Args:
             shapes: the shape of each tensor of the checkpoint by its published (or our) name.
 
         Raises:
-            ValueError: the names are not those of this family; says which are missing.
+            ValueError: the names are not those of this family; says what is missing.
         """
         return _complete(self, WeightShapes(shapes))
 
@@ -468,7 +468,7 @@ _TEXT_FIELDS = (
     "rope_theta",
     "rope_parameters",
 )
-# Beside these, what only the text configuration's constructor knows how to read.
+# And what only the text configuration's constructor can read.
 _TEXT_ARGUMENTS = (*_TEXT_FIELDS, "rope_scaling")
 _CALLER_ONLY = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
@@ -477,7 +477,7 @@ for _name in _TEXT_FIELDS:
 
 
 def _guess_version(img_size: int | None, fields: dict) -> str:
-    """The version that a published flat file stands for; the weights correct a wrong guess."""
+    """The version that a published flat file describes; the weights correct a wrong guess."""
     if img_size is not None:
         return "2"
     origin = f"{fields.get('_name_or_path', '')} {fields.get('name_or_path', '')}".lower()
@@ -494,7 +494,7 @@ def _text_config(given: dict | PreTrainedConfig | None, fields: dict, defaults: 
 
 
 def _vision_config(given: dict | PreTrainedConfig | None, img_size: int | None, defaults: Version):
-    """The tower's configuration, CLIP-L/14 where nothing else is said."""
+    """The tower's configuration, CLIP-L/14 unless stated otherwise."""
     fields = {**_CLIP_LARGE, "image_size": defaults.image_size, **_own_fields(given or {})}
     return CLIPVisionConfig(**{**fields, **({} if img_size is None else {"image_size": img_size})})
 
@@ -506,8 +506,8 @@ def _own_fields(given: dict | PreTrainedConfig) -> dict:
 
 # ---- names ----
 
-# Published names of the decoder's plain weights, packed ones too -> ours, which are children of their
-# linears. transformers turns them back at saving.
+# Published names of the decoder's plain weights, packed ones included -> ours, which are children of their
+# linears. transformers renames them back when saving.
 PUBLISHED_KEYS = {
     r"\.(wqkv|wo|w1|w2|w3)\.(?=weight|qweight|qzeros|scales|g_idx|bias)": r".\1.linear.",
 }
@@ -526,12 +526,12 @@ def our_name(name: str) -> str:
 
 
 def is_reward(names: Collection[str]) -> bool:
-    """Whether tensors of these names are a reward model's: a score head in place of the output head."""
+    """Whether tensors with these names are a reward model's: a score head in place of the output head."""
     return "score.weight" in names and "output.weight" not in names
 
 
 class WeightShapes:
-    """Shapes by name, blind to whether a linear is stored plain, wrapped (`.linear`) or quantised."""
+    """Shapes by name, regardless of whether a linear is stored plain, wrapped (`.linear`) or quantised."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         plain = {name: s for name, s in shapes.items() if f"{name}.absmax" not in shapes}  # not bitsandbytes'
@@ -545,7 +545,7 @@ class WeightShapes:
         return self.shapes[name]
 
     def rows(self, name: str, default: int | None = None) -> int | None:
-        """The first dimension of a tensor, or `default` where there is no such tensor."""
+        """The first dimension of a tensor, or `default` if there is no such tensor."""
         return self.shapes[name][0] if name in self.shapes else default
 
     def count(self, prefix: str) -> int:
@@ -560,14 +560,14 @@ class WeightShapes:
         return {name[len(prefix) : -len("_A.weight")]: self.shapes[name][0] for name in found}
 
 
-# ---- sizes that the weights say ----
+# ---- sizes that the weights determine ----
 
 
 def _complete(config: InternLMXcomposer2Config, shapes: WeightShapes) -> InternLMXcomposer2Config:
     config = copy.deepcopy(config)
     _complete_vision(config, shapes)
     _complete_text(config.text_config, shapes, config.version)
-    if config.image_token_id == _IMAGE_TOKEN_ID:  # which a vocabulary of another family may lack
+    if config.image_token_id == _IMAGE_TOKEN_ID:  # a vocabulary of another family may lack it
         config.image_token_id = min(_IMAGE_TOKEN_ID, config.text_config.vocab_size - 1)
     video_memory = shapes.shapes.get("video_mem_proj.0.weight")
     config.video_memory_size = video_memory[1] if video_memory else None
@@ -598,7 +598,7 @@ def _complete_vision(config: InternLMXcomposer2Config, shapes: WeightShapes) -> 
 
 
 def _version_of_weights(side: int, shapes: WeightShapes, configured: str) -> str:
-    """The version by newline vectors and tile size; tiles of an unpublished size leave it as configured."""
+    """The version by newline vectors and tile size; an unpublished tile size leaves it as configured."""
     if shapes.rows("plora_glb_GN") is None:
         return "2"
     published = {VERSIONS[version].image_size: version for version in ("2-4khd", "2.5")}
@@ -608,7 +608,7 @@ def _version_of_weights(side: int, shapes: WeightShapes, configured: str) -> str
 def _complete_text(text: InternLMXcomposer2TextConfig, shapes: WeightShapes, version: str) -> None:
     """Sizes, ranks and adapters of the decoder."""
     text.vocab_size, hidden_size = shapes["model.tok_embeddings.weight"]
-    if hidden_size != text.hidden_size:  # then heads are as wide as configured, not as many
+    if hidden_size != text.hidden_size:  # then the width of heads is as configured, not their number
         text.num_attention_heads = max(1, hidden_size // text.head_dim)
     text.hidden_size = hidden_size
     text.num_hidden_layers = shapes.count("model.layers.")
@@ -634,14 +634,14 @@ def _num_key_value_heads(text: InternLMXcomposer2TextConfig, packed: int) -> int
     groups, odd = divmod(heads - text.num_attention_heads, 2)
     if rest or odd or groups < 1 or text.num_attention_heads % groups:
         raise AttentionHeadsError(
-            f"wqkv has {packed} rows, which {text.num_attention_heads} attention heads of width "
-            f"{text.head_dim} don't make; num_attention_heads is the one size that the weights don't tell"
+            f"wqkv has {packed} rows, which doesn't fit {text.num_attention_heads} attention heads of width "
+            f"{text.head_dim}; num_attention_heads is the one size that the weights don't determine"
         )
     return groups
 
 
 def _rank_and_alpha(rank: int, alpha: float, found: int, default_scale: float) -> tuple[int, float]:
-    """Keep a configured scale whose rank fits the weights, else take the version's."""
+    """Keep a configured scale if its rank fits the weights, else use the version's."""
     return (rank, alpha) if rank == found else (found, found * default_scale)
 
 
@@ -673,6 +673,6 @@ PROCESSOR_AUTO_MAP = {"AutoProcessor": _PROCESSOR}
 IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": _IMAGE_PROCESSOR, "AutoProcessor": _PROCESSOR}
 TOKENIZER_AUTO_MAP = {"AutoTokenizer": [_TOKENIZER, None], "AutoProcessor": _PROCESSOR}
 
-# Pipelines and `transformers serve` know models that read pictures by these tables of model types alone.
+# Pipelines and `transformers serve` recognise models that read pictures only by these tables of model types.
 for _table in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
     getattr(modeling_auto, _table, {}).setdefault(InternLMXcomposer2Config.model_type, _MODEL.split(".")[1])

@@ -1,7 +1,7 @@
 """Methods on embeddings that clients of the published code call, and the batches of its trainers.
 
-New code needs none of them: `forward` and `generate` take ids with pictures. Both API generations are here,
-told apart by `config.version`: "2" and "2-4khd" on one side, "2.5" on the other.
+New code needs none of them: `forward` and `generate` accept ids with pictures. Both generations of the API
+are here, distinguished by `config.version`: "2" and "2-4khd" on one side, "2.5" on the other.
 """
 
 import random
@@ -28,10 +28,10 @@ from .prompt_internlm_xcomposer2 import (
 )
 from .tokenization_internlm_xcomposer2 import BEGIN_OF_TURN, END_OF_TURN, IMAGE_MARK
 
-# Label of a token that is not to be learnt.
+# Label of a token that doesn't count in the loss.
 IGNORED = -100
 
-# The published default of `encode_img`; `chat` takes `config.hd_num`.
+# The published default of `encode_img`; `chat` uses `config.hd_num`.
 HD_NUM_OF_ENCODE_IMG = 25
 
 image_extensions = IMAGE_EXTENSIONS
@@ -46,7 +46,7 @@ class EmbeddingMethodsMixin:
     # ---- text ----
 
     def encode_text(self, text: str, add_special_tokens: bool = False) -> Tensor:
-        """Text -> (1, tokens, hidden); with special tokens BOS goes before, even before no text at all."""
+        """Text -> (1, tokens, hidden); special tokens put BOS first, even if the text is empty."""
         return self._embed_text(self._own_tokenizer(), text, add_special_tokens)
 
     def text2emb(
@@ -55,7 +55,7 @@ class EmbeddingMethodsMixin:
         """Whole conversations -> ids and mask, padded right, and the labels of their answers.
 
         Args:
-            add_special, add_special_tokens: whether BOS goes before; one name for each API generation.
+            add_special, add_special_tokens: whether BOS goes first; one name for each generation of the API.
 
         Returns:
             `input_ids` and `attention_mask` of (batch, tokens), and (batch, tokens) labels.
@@ -74,8 +74,8 @@ class EmbeddingMethodsMixin:
     def mask_human_targets(self, input_ids: Tensor, pure: bool = False) -> Tensor:
         """(batch, tokens) ids of whole conversations -> (batch, tokens) labels.
 
-        Answers and the mark that ends them count, after the last one also the newline and `</s>`. Everything
-        else is -100: system, questions, the line that opens an answer, all after `</s>`.
+        Answers count, with the mark that ends them, and after the last one also the newline and `</s>`.
+        Everything else is -100: system, questions, the line that opens an answer, anything after `</s>`.
 
         Args:
             pure: the rows are plain text, all of which counts.
@@ -98,16 +98,16 @@ class EmbeddingMethodsMixin:
         """Pictures -> embeddings of the decoder.
 
         Args:
-            image: a picture or video as `chat` takes it, or (pictures, 3, height, width) pixels that
-                `vis_processor` has normalised, of any dtype and device, or a list of such, or a 5-D stack.
+            image: a picture or video as in `chat`, or (pictures, 3, height, width) pixels normalised by
+                `vis_processor`, of any dtype and device, or a list of these, or a 5-D stack.
             hd_num: how many local tiles a picture may be cut into, 25 by default; pixels are never resized.
 
         Returns:
-            (pictures, tokens, hidden); for a list of pictures a list of those; for a stack of
+            (pictures, tokens, hidden); for a list of pictures, a list of these; for a stack of
             (pictures, 1, 3, height, width), whose pictures have one size, one tensor; and `None` for `None`.
 
         Raises:
-            ValueError, TypeError, FileNotFoundError: the picture can't be read, or pixels have another size.
+            ValueError, TypeError, FileNotFoundError: the picture can't be read, or pixels have a wrong size.
         """
         if image is None:
             return None
@@ -129,7 +129,7 @@ class EmbeddingMethodsMixin:
         return self.get_image_features(pixel_values, grid).pooler_output[0][None]
 
     def img2emb(self, image) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures of one size -> (pictures, tokens, hidden), all ones and all -100 of (pictures, tokens)."""
+        """Pictures of one size -> (pictures, tokens, hidden), and (pictures, tokens) of ones and of -100."""
         embeds = self.encode_img(image)
         if not isinstance(embeds, Tensor):
             raise ValueError(f"img2emb takes one picture or pixels of one size, not {type(image).__name__}")
@@ -142,7 +142,7 @@ class EmbeddingMethodsMixin:
             return []
         for picture in pictures:
             check_pixels(picture[0], self.config)
-        # The tower is called as published, so that hooks of clients see it.
+        # The tower is called as published, so that clients' hooks see it.
         if self.config.is_tiled:
             features, counts = self.vit(list(pictures), self.plora_glb_GN, self.plora_sub_GN)
             return list(self.vision_proj(features).split(counts, dim=1))
@@ -152,10 +152,10 @@ class EmbeddingMethodsMixin:
 
     @leaves_autocast
     def prompt_wrap(self, img_embeds: Tensor, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
-        """(pictures, tokens, hidden) set into the same prompt, which has one `<ImageHere>` and gets BOS.
+        """Insert each of (pictures, tokens, hidden) into a prompt that has one `<ImageHere>` and gets BOS.
 
         Returns:
-            (pictures, all tokens, hidden), all ones and all -100 of (pictures, all tokens).
+            (pictures, all tokens, hidden), and (pictures, all tokens) of ones and of -100.
         """
         before, after = place_images(prompt, 1, version="2")
         tokenizer = self._own_tokenizer()
@@ -172,10 +172,10 @@ class EmbeddingMethodsMixin:
     def interleav_wrap(
         self, img_list, text_list: Sequence, image_nums: Sequence[int] | None = None
     ) -> Embedded:
-        """A batch of whole conversations with pictures, as the trainers need it. BOS stands once in each.
+        """A batch of whole conversations with pictures, as the trainers need it, with one BOS in each.
 
         Args:
-            img_list: the pictures in the order of the marks, as `encode_img` takes them: one entry for each
+            img_list: the pictures in the order of the marks, as in `encode_img`: one entry for each
                 conversation, or one for each picture together with `image_nums`.
             text_list: conversations with an `<ImageHere>` for each picture, or a list with the list of them.
             image_nums: how many pictures each conversation has.
@@ -185,7 +185,7 @@ class EmbeddingMethodsMixin:
             right.
 
         Raises:
-            ValueError: marks and pictures differ in number, or a conversation is longer than
+            ValueError: the numbers of marks and pictures differ, or a conversation is longer than
                 `self.max_length`.
         """
         texts = list(flatten(text_list))
@@ -194,25 +194,25 @@ class EmbeddingMethodsMixin:
             if text.count(IMAGE_MARK) != len(pictures):
                 raise ValueError(
                     f"conversation {row} has {text.count(IMAGE_MARK)} {IMAGE_MARK} marks but {len(pictures)} "
-                    "pictures; give one mark to each"
+                    "pictures; put one mark for each"
                 )
         features = self._encode_pictures([picture for pictures in rows for picture in pictures])
         return self._interleave_batch(texts, features)
 
     @leaves_autocast
     def interleav_wrap_chat(self, *args, **kwargs) -> tuple:
-        """A chat prompt with pictures -> what `generate` takes, in the form of the checkpoint's generation.
+        """A chat prompt with pictures -> what `generate` accepts, in the API of the checkpoint's version.
 
         2 and 4KHD: `(tokenizer, query, image, history=(), meta_instruction="")` with the embeddings of
         `encode_img`, (pictures, tokens, hidden) or a list, returns `({"inputs_embeds"}, im_mask)`.
 
         2.5: `(query, image, history=(), meta_instruction="", max_length=None, hd_num=None)` with pictures and
-        videos as `chat` takes them returns `({"inputs_embeds"}, im_mask, number of tokens)`.
+        videos as in `chat` returns `({"inputs_embeds"}, im_mask, number of tokens)`.
 
         Embeddings are (1, tokens, hidden), masks (1, tokens).
 
         Raises:
-            ValueError: marks and pictures differ in number, or the prompt is too long; it is never cut.
+            ValueError: the numbers of marks and pictures differ, or the prompt is too long; it is never cut.
         """
         wrap = self._interleave_media if self.config.version == "2.5" else self._interleave_embeds
         return wrap(*args, **kwargs)
@@ -258,12 +258,12 @@ class EmbeddingMethodsMixin:
         """A batch of the published trainers -> embeddings, attention mask, labels and image mask.
 
         Args:
-            samples: `text_input`, the conversations, however deep in lists; `data_type`, a list that begins
+            samples: `text_input`, the conversations, however deeply nested; `data_type`, a list that begins
                 with `"multi"` or `"text"`; for `"multi"` also `image`, the normalised pixels of
                 (1, 3, height, width) or (pictures, 3, side, side), one entry or list for each conversation.
 
         Returns:
-            As `interleav_wrap`.
+            The same as `interleav_wrap`.
 
         Raises:
             ValueError: something is missing or doesn't fit, or a conversation is longer than
@@ -288,7 +288,7 @@ class EmbeddingMethodsMixin:
                 tokenizer,
                 parts,
                 [next(lengths) for _ in parts[1:]],
-                version="2.5",  # BOS stands once, in the training of every version
+                version="2.5",  # one BOS, as in the training of every version
                 image_token_id=self.config.image_token_id,
             )
             for parts in (text.split(IMAGE_MARK) for text in texts)
@@ -318,7 +318,7 @@ class EmbeddingMethodsMixin:
         too_long = {row: length for row, length in enumerate(lengths) if limit and length > limit}
         if too_long:
             raise ValueError(
-                f"conversations longer than max_length {limit}, as row: tokens, are {too_long}; raise "
+                f"these conversations are longer than max_length {limit} (row: tokens): {too_long}; raise "
                 "model.max_length, shorten them or use fewer tiles"
             )
         device, longest = self.input_device, max(lengths)
@@ -343,7 +343,7 @@ class EmbeddingMethodsMixin:
         return self._scatter(torch.tensor([prompt.ids], device=device), im_mask, features), im_mask
 
     def _scatter(self, ids: Tensor, im_mask: Tensor, features: list[Tensor]) -> Tensor:
-        """Embeddings of (batch, tokens) ids with those of pictures put where the mask says."""
+        """Embeddings of (batch, tokens) ids, with those of pictures where the mask is true."""
         embeds = self.model.tok_embeddings(ids)
         if not features:
             return embeds
@@ -355,7 +355,7 @@ def check_samples(samples: dict, texts: Sequence[str]) -> bool:
     """Whether a batch of the published trainers has pictures.
 
     Args:
-        texts: the keys under which it needs texts.
+        texts: the keys that must hold texts.
 
     Raises:
         ValueError: a key is missing, or `data_type` is unknown.
@@ -365,19 +365,19 @@ def check_samples(samples: dict, texts: Sequence[str]) -> bool:
         raise ValueError(f"samples lack {', '.join(lacking)}; they hold {', '.join(samples)}")
     kind = next(flatten(samples["data_type"]))
     if kind not in ("multi", "text"):
-        raise ValueError(f"unknown data_type {kind!r}; it is 'multi' or 'text'")
+        raise ValueError(f"unknown data_type {kind!r}; choose 'multi' or 'text'")
     if kind == "multi" and samples.get("image") is None:
-        raise ValueError("samples of data_type 'multi' lack 'image'; use 'text' where there are none")
+        raise ValueError("samples of data_type 'multi' lack 'image'; use 'text' if there are no pictures")
     return kind == "multi"
 
 
 def find_answers(ids: list[int], opening: list[int], end: int) -> list[tuple[int, int]]:
-    """Where the answers of a conversation lie, as (first, one past the last) positions.
+    """Where the answers of a conversation are, as (first, one past the last) positions.
 
     Args:
-        opening: how the turn of an assistant begins, without the newline, which may be one piece with what
-            follows it.
-        end: the mark after each turn. After the last answer everything that follows belongs to it.
+        opening: how an assistant's turn begins, without the newline, which may be merged into one piece with
+            what follows it.
+        end: the mark after each turn. Everything after the last answer belongs to it.
     """
     starts = [index for index, token in enumerate(ids) if token == opening[0]]
     spans = []
@@ -392,16 +392,16 @@ def find_answers(ids: list[int], opening: list[int], end: int) -> list[tuple[int
 
 
 def group_pictures(pictures, num_rows: int, image_nums: Sequence[int] | None = None) -> list[list]:
-    """Pictures in whatever nesting of lists and stacks -> the pictures of each of `num_rows` conversations.
+    """Pictures in any nesting of lists and stacks -> the pictures of each of `num_rows` conversations.
 
     Raises:
-        ValueError: the number of entries is not that of the conversations.
+        ValueError: the number of entries doesn't match the number of conversations.
     """
     if image_nums is not None:
         flat = list(flatten(pictures))
         if len(image_nums) != num_rows or sum(image_nums) != len(flat):
             raise ValueError(
-                f"image_nums {list(image_nums)} must name {len(flat)} pictures of {num_rows} conversations"
+                f"image_nums {list(image_nums)} must cover {len(flat)} pictures in {num_rows} conversations"
             )
         remaining = iter(flat)
         return [[next(remaining) for _ in range(count)] for count in image_nums]
@@ -415,7 +415,7 @@ def group_pictures(pictures, num_rows: int, image_nums: Sequence[int] | None = N
 
 
 def flatten(items) -> Iterable:
-    """Whatever lies in nested lists, in order; stacks of pixels as one (1, 3, height, width) each."""
+    """The items of nested lists, in order; stacks of pixels become one (1, 3, height, width) each."""
     if isinstance(items, Tensor):
         yield from items.reshape(-1, *items.shape[-3:]).split(1)
     elif isinstance(items, list | tuple):
@@ -431,14 +431,14 @@ def _rows_of_tokens(embeds: Tensor) -> list[Tensor]:
 
 
 def _as_text(meta_instruction) -> str:
-    """The system text; some clients pass `None`, or a tuple by a stray comma."""
+    """The system text; some clients pass `None`, or a tuple because of a stray comma."""
     while isinstance(meta_instruction, list | tuple) and len(meta_instruction) == 1:
         meta_instruction = meta_instruction[0]
     return str(meta_instruction) if meta_instruction else ""
 
 
 class _StopOnIds(StoppingCriteria):
-    """Stops each sequence that ends in one of some runs of ids."""
+    """Stops each sequence that ends in one of several runs of ids."""
 
     def __init__(self, stops: list[list[int]]) -> None:
         self.stops = stops
@@ -461,7 +461,7 @@ def get_stopping_criteria(stop_words_ids: Iterable) -> StoppingCriteriaList:
 
 
 def set_random_seed(seed: int, set_cudnn: bool = False) -> None:
-    """Seed Python, NumPy and torch on every device; `set_cudnn` also keeps cuDNN to repeatable kernels."""
+    """Seed Python, NumPy and torch on every device; `set_cudnn` also limits cuDNN to repeatable kernels."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -1,8 +1,8 @@
-"""`generate` with pictures: encoded and prefilled once, whatever is drawn from them, and begun where a
-history ends.
+"""`generate` with pictures: encoded and prefilled once, however many answers are sampled, and starting where
+a history ends.
 
-A prompt becomes an answer in these steps: `GenerateMixin._answer` asks `begin` what of it is computed
-already, `_generate_answer` embeds the rest, and transformers' `generate` runs the decoder on it.
+A prompt becomes an answer in these steps: `GenerateMixin._answer` asks `begin` which part of it is already
+computed, `_generate_answer` embeds the rest, and transformers' `generate` runs the decoder on it.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -35,7 +35,7 @@ from .configuration_internlm_xcomposer2 import check_infer_mode
 from .modeling_internlm2 import check_image_mask
 from .prompt_internlm_xcomposer2 import ChatPrompt, batch_inputs
 
-# Arguments with which `generate` needs a cache of its own kind, or more of the prompt than its last token.
+# Arguments with which `generate` needs its own kind of cache, or more of the prompt than its last token.
 LIBRARY_CACHE = (
     "assistant_model",
     "prompt_lookup_num_tokens",
@@ -54,12 +54,12 @@ LIBRARY_CACHE = (
 
 @dataclass(frozen=True)
 class Begun:
-    """A prompt whose first tokens are computed, and what is needed to keep the rest too.
+    """A prompt whose first tokens are already computed, and what is needed to keep the rest too.
 
     Attributes:
-        inputs: as `batch_inputs` makes them, with the pictures alone that are not computed yet.
-        cache: holds those first tokens, and everything once the answer is there.
-        tokens: what stands at each position of the prompt: ids, and the identities of pictures.
+        inputs: as from `batch_inputs`, with only the pictures that are not computed yet.
+        cache: holds those first tokens, and everything once the answer is complete.
+        tokens: what is at each position of the prompt: ids, and the identities of pictures.
         origin: what else keys and values depend on.
     """
 
@@ -70,10 +70,10 @@ class Begun:
 
 
 class GenerateMixin:
-    """`generate`, what it asks at each step, and answers to prompts. Goes before transformers' own mixin.
+    """`generate`, what it calls at each step, and answers to prompts. Goes before transformers' own mixin.
 
     Attributes:
-        reuse_limit: how many bytes of keys and values the history that `chat` returns may own; 0 for none.
+        reuse_limit: how many bytes of keys and values the history that `chat` returns may keep; 0 for none.
     """
 
     reuse_limit = 4 * 2**30
@@ -88,12 +88,12 @@ class GenerateMixin:
         earlier: PromptCache | None = None,
         keep: bool = False,
     ) -> tuple[list[list[int]], PromptCache | None]:
-        """Prompts -> the ids of an answer to each, and what is kept of the computation of a single one.
+        """Prompts -> the ids of an answer to each, and what is kept of the computation if there is only one.
 
         Args:
             settings: arguments of `generate`.
             earlier: what was kept of an earlier turn.
-            keep: whether anything may be kept, and what is there be used.
+            keep: whether anything may be kept, and `earlier` be used.
         """
         keep = keep and not self.training and self.reuse_limit > 0 and takes_our_cache(self, settings)
         if not keep:
@@ -105,7 +105,7 @@ class GenerateMixin:
                 device=self.input_device,
             )
             sequences = self._generate_answer(inputs, **settings)
-            firsts = sequences[:: len(sequences) // len(prompts)]  # where each prompt has several answers
+            firsts = sequences[:: len(sequences) // len(prompts)]  # if each prompt has several answers
             return [sequence.tolist() for sequence in firsts], None
         (prompt,) = prompts
         begun = begin(self, prompt, earlier, settings["infer_mode"])
@@ -118,9 +118,9 @@ class GenerateMixin:
     @torch.no_grad()
     @leaves_autocast
     def _generate_answer(self, inputs: dict, **kwargs) -> Tensor:
-        """Generate from the tensors of `batch_inputs` -> (sequences, new tokens), the prompts left out.
+        """Generate from the tensors of `batch_inputs` -> (sequences, new tokens), without the prompts.
 
-        A cache among them holds the first tokens of the prompt, and its answer too afterwards.
+        A cache among them holds the first tokens of the prompt, and afterwards its answer too.
         """
         ids, mask, cache = inputs["input_ids"], inputs.get("attention_mask"), inputs.get(CACHE)
         if cache is None and takes_our_cache(self, kwargs):
@@ -162,13 +162,13 @@ class GenerateMixin:
         cache = past_key_values if cache is None else cache
         is_empty = cache is None or cache.get_seq_length() == 0
         if inputs_embeds is not None and is_empty and input_ids.shape[1] > inputs_embeds.shape[1]:
-            # In assisted generation the candidates stand after the prompt already.
+            # In assisted generation the candidates already follow the prompt.
             num_candidates = input_ids.shape[1] - inputs_embeds.shape[1]
             candidates = self.model.tok_embeddings(input_ids[:, -num_candidates:])
             inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds.device)], dim=1)
             im_mask = None if im_mask is None else nn.functional.pad(im_mask, (0, num_candidates))
         if inputs_embeds is not None and not is_empty and kwargs.get("is_first_iteration"):
-            # They are what stands behind the cache, where the library takes them for the whole prompt.
+            # They are what follows the cache, but the library takes them to be the whole prompt.
             kwargs["next_sequence_length"] = inputs_embeds.shape[1]
         inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -199,11 +199,11 @@ class GenerateMixin:
         im_mask: Tensor | None = None,
         **kwargs,
     ):
-        """As in transformers, with pictures, which are encoded once whatever the number of beams.
+        """As in transformers, with pictures, which are encoded once regardless of the number of beams.
 
-        With `inputs_embeds` alone the result begins with BOS and `max_length` counts BOS and new tokens, as
-        clients of the published code expect; with ids it holds prompt and answer. A cache may be named
-        `cache` or `past_key_values`, whatever the release of transformers.
+        With `inputs_embeds` alone, the result begins with BOS and `max_length` counts BOS and new tokens, as
+        clients of the published code expect; with ids, it holds prompt and answer. A cache may be passed as
+        `cache` or `past_key_values` in every release of transformers.
 
         Raises:
             ValueError: pictures and prompt don't match, or the checkpoint lacks what `infer_mode` needs.
@@ -220,7 +220,7 @@ class GenerateMixin:
             kwargs.setdefault("attention_mask", torch.ones_like(ids))
         elif inputs_embeds is not None and ids is None:
             if is_assisted(kwargs):
-                raise ValueError("assisted generation guesses from ids; pass input_ids beside inputs_embeds")
+                raise ValueError("assisted generation guesses from ids; pass input_ids with inputs_embeds")
             ids, kwargs = self._published_generate_arguments(inputs_embeds, kwargs)
         if im_mask is not None and inputs_embeds is not None:
             check_image_mask(im_mask, inputs_embeds)
@@ -236,7 +236,7 @@ class GenerateMixin:
     def _with_our_cache(self, ids: Tensor | None, kwargs: dict) -> dict:
         """`generate`'s arguments with a `GrowingCache`, unless they or the settings ask for another.
 
-        For several beams or samples, where that can be, the prompt is computed here, once for all of them.
+        For several beams or samples, the prompt is computed here if possible, once for all of them.
         """
         if not grows_in_place(self, kwargs):
             return kwargs
@@ -260,7 +260,7 @@ class GenerateMixin:
         return {**kwargs, **begun, "attention_mask": mask}
 
     def _published_generate_arguments(self, inputs_embeds: Tensor, kwargs: dict) -> tuple[Tensor, dict]:
-        """The BOS column that old sequences begin with, and today's arguments for old ones."""
+        """The BOS column that sequences used to begin with, and the current form of old arguments."""
         kwargs = dict(kwargs)
         batch, length = inputs_embeds.shape[:2]
         bos = kwargs.get("bos_token_id") or self.config.text_config.bos_token_id
@@ -273,7 +273,7 @@ class GenerateMixin:
             kwargs["max_new_tokens"] = max(1, max_length - 1)
         penalty = setting(self, kwargs, "repetition_penalty") or 1.0
         if penalty != 1.0 and not torch.as_tensor(kwargs["attention_mask"]).all():
-            # The library's own skips as many new tokens as a row has padding.
+            # The library's own penalty skips as many new tokens as a row has padding.
             kwargs |= _with_processor(RowPenalty(penalty, [[]] * batch), kwargs)
         return torch.full((batch, 1), bos, device=inputs_embeds.device), kwargs
 
@@ -282,7 +282,7 @@ class GenerateMixin:
 
 
 def setting(model: nn.Module, kwargs: dict, name: str):
-    """What `generate` would take for one of its arguments, `None` for its default."""
+    """What `generate` would use for one of its arguments, `None` for its default."""
     sources = (kwargs.get("generation_config"), model.generation_config)
     values = (kwargs.get(name), *(getattr(source, name, None) for source in sources))
     return next((value for value in values if value is not None), None)
@@ -299,7 +299,7 @@ def is_assisted(settings: dict) -> bool:
 
 
 def grows_in_place(model: nn.Module, kwargs: dict) -> bool:
-    """Whether a `GrowingCache` can stand for the library's default cache."""
+    """Whether a `GrowingCache` can replace the library's default cache."""
     if setting(model, kwargs, "use_cache") is False:
         return False
     return not any(
@@ -308,7 +308,7 @@ def grows_in_place(model: nn.Module, kwargs: dict) -> bool:
 
 
 def takes_our_cache(model: nn.Module, kwargs: dict) -> bool:
-    """Whether `generate`, with these arguments, can go on from a cache that holds some of the prompt."""
+    """Whether `generate`, with these arguments, can continue from a cache that holds part of the prompt."""
     if setting(model, kwargs, "use_cache") is False or setting(model, kwargs, "max_new_tokens") is None:
         return False
     return not any(setting(model, kwargs, name) for name in LIBRARY_CACHE)
@@ -317,7 +317,7 @@ def takes_our_cache(model: nn.Module, kwargs: dict) -> bool:
 def prefills_before_copies(model: nn.Module, kwargs: dict, prompt_length: int) -> bool:
     """Whether a prompt is computed before it is copied for beams or samples.
 
-    Not where its length decides by how much all keys are rotated: then it is computed in one pass.
+    Not if its length decides how far all keys are rotated: then it is computed in one pass.
     """
     text = model.config.text_config
     in_one_pass = rotates_by_length(text) and prompt_length > text.max_position_embeddings
@@ -334,14 +334,14 @@ def ends_in_text(inputs_embeds: Tensor, attention_mask: Tensor | None, im_mask: 
 
 
 def begin(model: nn.Module, prompt: ChatPrompt, earlier: PromptCache | None, infer_mode: str) -> Begun:
-    """A prompt that begins with as much as `earlier` holds of it."""
+    """A prompt that starts with as much of it as `earlier` holds."""
     config, text, font = model.config, model.config.text_config, model.font
     identities = [visual.identity(config, prompt.hd_num, font) for visual in prompt.visuals]
     tokens, origin = prompt.tokens(identities), origin_of(model, infer_mode)
     shared = 0 if earlier is None else earlier.shared_length(tokens[:-1], origin)
     if shared and not reusable_length(text, shared, len(tokens)):
         shared = 0
-    # A picture of which only a part is there is computed anew.
+    # A picture of which only a part is there is computed again.
     shared = next((start for start, stop in prompt.spans() if start < shared < stop), shared)
     cache = earlier.restore(shared, config) if shared else GrowingCache(config)
     inputs = batch_inputs(config, [prompt], num_cached=shared, font=font, device=model.input_device)
@@ -354,11 +354,11 @@ def prefill_before_copies(model: nn.Module, begun: dict, attention_mask: Tensor 
 
     Args:
         begun: the cache, in batch size, which is filled and then repeated for each copy; `inputs_embeds`
-            (batch, tokens, hidden) behind what it holds, at least one token; `im_mask` (batch, tokens).
+            (batch, tokens, hidden) after what it holds, at least one token; `im_mask` (batch, tokens).
         attention_mask: (batch, cached and new tokens), `None` if nothing is padding.
 
     Returns:
-        What `generate` needs to go on from there: the cache, and the last token's embedding.
+        What `generate` needs to continue from there: the cache, and the last token's embedding.
     """
     embeds, im_mask, cache = begun["inputs_embeds"], begun["im_mask"], begun[CACHE]
     if embeds.shape[1] > 1:
@@ -374,15 +374,15 @@ def prefill_before_copies(model: nn.Module, begun: dict, attention_mask: Tensor 
     return {CACHE: cache, "inputs_embeds": embeds[:, -1:], "im_mask": None}
 
 
-# ---- drawing ----
+# ---- sampling ----
 
 
 @contextmanager
 def same_draws(model: nn.Module) -> Iterator[None]:
-    """Let all processes that share a model draw the same tokens, whatever their own random states.
+    """Make all processes that share a model sample the same tokens, whatever their own random states.
 
-    They draw from a seed of the first process, which takes it from its own generator. A model that is not
-    shared draws as ever.
+    They sample from a seed that the first process draws from its own generator. A model that is not shared
+    samples as usual.
     """
     if model.num_processes == 1:
         yield
@@ -399,10 +399,10 @@ def same_draws(model: nn.Module) -> Iterator[None]:
 class RowPenalty(LogitsProcessor):
     """The repetition penalty (arXiv:1909.05858) over generated tokens, and over the prompts of some rows.
 
-    Padding counts nowhere, and beams share the prompt of their row.
+    Padding never counts, and beams share the prompt of their row.
 
     Args:
-        prompts: per row the ids that count from the start.
+        prompts: for each row, the ids that count from the start.
     """
 
     def __init__(self, penalty: float, prompts: Sequence[Sequence[int]]) -> None:
@@ -422,7 +422,7 @@ class RowPenalty(LogitsProcessor):
 
 
 def penalise_rows(inputs: dict, kwargs: dict) -> dict:
-    """`generate`'s arguments with a repetition penalty that sees what it sees in a prompt alone.
+    """`generate`'s arguments with a repetition penalty that sees what it would for each prompt on its own.
 
     The library's own counts from the end of the left padding, or from the start of guessed tokens.
     """
@@ -440,7 +440,7 @@ def penalise_rows(inputs: dict, kwargs: dict) -> dict:
 
 
 def _with_processor(processor: LogitsProcessor, kwargs: dict) -> dict:
-    """A penalty of ours before the caller's processors, in place of the library's own."""
+    """Our penalty before the caller's processors, in place of the library's own."""
     others = kwargs.get("logits_processor") or []
     return {"repetition_penalty": 1.0, "logits_processor": LogitsProcessorList([processor, *others])}
 
@@ -466,5 +466,5 @@ class EndMarkFilter(BaseStreamer):
 
 
 def as_list(ids: int | Sequence[int] | Tensor | None) -> list[int]:
-    """One id, several or none, as `generate` takes them, as a list."""
+    """One id, several or none, in any form that `generate` accepts, as a list."""
     return [] if ids is None else torch.as_tensor(ids).flatten().tolist()

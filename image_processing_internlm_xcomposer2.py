@@ -1,7 +1,7 @@
 """From a picture to what the tower reads: tiles or a square, their grid, and how many tokens they become.
 
-Planned first, in integers, so that counts are cheap and can't disagree with the pixels. Last in this file is
-the image processor, the same under the interface of transformers.
+Planned first, in integers, so that counts are cheap and can't disagree with the pixels. At the end of this
+file is the image processor, the same with the interface of transformers.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 SQUARE = "square"
 
-# Pillow and torch let go of Python while they work, so that pictures can be read and cut at the same time.
+# Pillow and torch release the GIL while they work, so pictures can be read and cut at the same time.
 MAX_PICTURES_AT_ONCE = 8
 
 Item = TypeVar("Item")
@@ -64,7 +64,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """One picture as the model takes it."""
+    """One picture as the model reads it."""
 
     pixel_values: (
         Tensor  # (tiles, 3, side, side) float32: global view, then local tiles row by row; or a square
@@ -73,7 +73,7 @@ class PreparedImage:
 
 
 class VisProcessor:
-    """PIL picture -> (3, height, width) float32, resized to a square first where the layout is square."""
+    """PIL picture -> (3, height, width) float32, resized to a square first if the layout is square."""
 
     def __init__(self, square_side: int | None = None):
         self.square_side = square_side
@@ -87,7 +87,7 @@ class VisProcessor:
 
 
 def normalize_image(image: Image.Image) -> Tensor:
-    """PIL picture -> (3, height, width) float32 with the mean and deviation of CLIP taken out."""
+    """PIL picture -> (3, height, width) float32, normalised by the mean and deviation of CLIP."""
     pixels = torch.from_numpy(np.array(to_rgb(image)))
     pixels = pixels.permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
@@ -95,7 +95,7 @@ def normalize_image(image: Image.Image) -> Tensor:
 
 
 def global_view(pixels: Tensor, tile_size: int) -> Tensor:
-    """(colours, height, width) -> (1, colours, tile_size, tile_size) float32: all of it, aspect squashed."""
+    """(colours, height, width) -> (1, colours, tile_size, tile_size) float32: all of it, squashed."""
     return F.interpolate(pixels[None].float(), size=(tile_size, tile_size), mode="bicubic", antialias=False)
 
 
@@ -103,7 +103,7 @@ def local_tiles(pixels: Tensor, tile_size: int) -> Tensor:
     """(3, rows * tile_size, cols * tile_size) -> (rows * cols, 3, tile_size, tile_size), row by row."""
     height, width = pixels.shape[-2:]
     if height % tile_size or width % tile_size:
-        raise ValueError(f"{height}x{width} px are not whole tiles of {tile_size} px; pad the picture first")
+        raise ValueError(f"{height}x{width} px is not whole tiles of {tile_size} px; pad the picture first")
     return rearrange(pixels, "c (rows h) (cols w) -> (rows cols) c h w", h=tile_size, w=tile_size)
 
 
@@ -116,8 +116,8 @@ def split_tiles(pixels: Tensor, tile_size: int) -> Tensor:
 def tile_pixels(image: Image.Image, tile_size: int) -> Tensor:
     """PIL picture of whole tiles -> (1 + rows * cols, 3, tile_size, tile_size) float32, normalised.
 
-    The same as `split_tiles(normalize_image(image))` bit by bit, but one colour after the other and each
-    right into its place, so that only one plane is ever held besides the result.
+    Bit for bit the same as `split_tiles(normalize_image(image))`, but one colour at a time and each straight
+    into its place, so that only one plane is ever held besides the result.
     """
     pixels = torch.from_numpy(np.array(to_rgb(image)))  # (height, width, 3) uint8
     rows, cols = (side // tile_size for side in pixels.shape[:2])
@@ -185,7 +185,7 @@ class Visual:
         return grid_of_image(config, self.image.height, self.image.width, hd_num)
 
     def identity(self, config, hd_num: int, font: Font | None) -> Hashable:
-        """Equal for pictures that `prepare` makes the same of, and practically never for others."""
+        """Equal for pictures that `prepare` turns into the same, and practically never for others."""
         digest = hashlib.blake2b(digest_size=16)
         if self.pixels is not None:
             pixels = self.pixels.detach().float().cpu().contiguous()
@@ -226,18 +226,18 @@ def grid_of_frames(config, sizes: list[Size]) -> tuple[int, int]:
 
 
 def default_hd_num(config, num_visuals: int) -> int:
-    """How many tiles each picture of a prompt may be cut into where the caller names no number."""
+    """How many tiles each picture of a prompt may be cut into if the caller gives no number."""
     of_several = VERSIONS[config.version].hd_num_of_several
     return config.hd_num if of_several is None or num_visuals < 2 else min(of_several, config.hd_num)
 
 
 def count_tokens(config, visuals: Sequence[Visual], hd_num: int) -> list[int]:
-    """How many image tokens each picture or video takes: by the plan that `prepare` cuts by."""
+    """How many image tokens each picture or video takes, from the plan that `prepare` follows."""
     return [tokens_of_grid(config, visual.grid(config, hd_num)) for visual in visuals]
 
 
 def tokens_of_grid(config, grid: tuple[int, int]) -> int:
-    """How many image tokens a picture takes whose local tiles form this grid (1 x 1 for a square)."""
+    """How many image tokens a picture takes if its local tiles form this grid (1 x 1 for a square)."""
     return num_image_tokens(*grid, config.tile_tokens_per_side, is_tiled=config.is_tiled)
 
 
@@ -246,15 +246,15 @@ def as_visuals(media, config) -> list[Visual]:
 
     Args:
         media: one picture or video or a list of them; in a list, a list of frames is a video. A 4-D float
-            tensor is a stack of pictures that `vis_processor` has normalised.
+            tensor is a stack of pictures normalised by `vis_processor`.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: as `load_image` and `load_video`; or a video for a version
-            that doesn't read any; or normalised pixels of a size the tower can't read.
+        FileNotFoundError, TypeError, ValueError: as in `load_image` and `load_video`; or a video for a
+            version that doesn't read any; or normalised pixels of a size that the tower can't read.
     """
     if not isinstance(media, list | tuple):
         media = [media]
-    # Open files and pictures that Pillow has not read yet must not be read by two at a time.
+    # Open files and pictures that Pillow has not read yet must not be read by two threads at a time.
     are_apart = all(isinstance(item, str | os.PathLike | bytes) for item in media)
     run = _in_threads if are_apart else map
     return list(chain.from_iterable(run(lambda item: _as_visuals(item, config), media)))
@@ -269,10 +269,10 @@ def _as_visuals(item, config) -> list[Visual]:
 
 
 def video_visual(source, config, **sampling) -> Visual:
-    """A video by any source of `load_video`, sampled by its `fps` and `max_frames`.
+    """A video from any source of `load_video`, sampled by its `fps` and `max_frames`.
 
     Raises:
-        ValueError: the version doesn't read videos, and as `load_video`.
+        ValueError: the version doesn't read videos, and as in `load_video`.
     """
     if not VERSIONS[config.version].reads_videos:
         raise ValueError(
@@ -285,7 +285,7 @@ def load_media(media: Iterable, config, **sampling) -> list[Visual]:
     """Media that say whether they are videos (`is_video`) and where they are (`source`), loaded.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: as `load_image` and `video_visual`.
+        FileNotFoundError, TypeError, ValueError: as in `load_image` and `video_visual`.
     """
     return [
         video_visual(medium.source, config, **sampling)
@@ -299,7 +299,7 @@ def check_pixels(pixels: Tensor, config) -> Tensor:
     """(3, height, width) normalised pixels, if the tower can read them.
 
     Raises:
-        ValueError: the size is not the square's, or not a multiple of the tile's.
+        ValueError: the size is not that of the square, or not a multiple of the tile's.
     """
     side = config.img_size
     height, width = pixels.shape[-2:]
@@ -316,7 +316,7 @@ def check_pixels(pixels: Tensor, config) -> Tensor:
 def prepare_visuals(
     visuals: Sequence[Visual], config, hd_num: int | Sequence[int], *, font: Font | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`pixel_values` (tiles, 3, side, side), `image_grid_hw` (visuals, 2); one `hd_num`, or each its own."""
+    """`pixel_values` (tiles, 3, side, side), `image_grid_hw` (visuals, 2); one `hd_num`, or one each."""
     budgets = [hd_num] * len(visuals) if isinstance(hd_num, int) else hd_num
     pairs = zip(visuals, budgets, strict=True)
     return batch_images(_in_threads(lambda pair: pair[0].prepare(config, pair[1], font), pairs))
@@ -325,7 +325,7 @@ def prepare_visuals(
 def _in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """The results in order, several at a time, but no more than torch may use threads.
 
-    Raises whatever the first item in order raises that fails; later ones that have not begun never do.
+    Raises whatever the first failing item in order raises; later ones that have not started never do.
     """
     items = list(items)
     num_threads = min(len(items), torch.get_num_threads(), MAX_PICTURES_AT_ONCE)
@@ -344,7 +344,7 @@ def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> l
     """The grids as pairs of ints, after checking that they account for every tile.
 
     Raises:
-        ValueError: with both numbers.
+        ValueError: they don't; the message has both numbers.
     """
     side = config.img_size
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
@@ -383,10 +383,10 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
         version: `"2"` (one square), `"2-4khd"` or `"2.5"` (tiles, and in 2.5 videos).
         img_size: side of a square or tile in pixels.
         tile_tokens_per_side: side, in tokens, of what one square or tile becomes.
-        hd_num: how many local tiles a picture may be cut into where the caller names no number.
+        hd_num: how many local tiles a picture may be cut into if the caller gives no number.
 
     Raises:
-        ValueError, TypeError: the version is unknown, or a number impossible.
+        ValueError, TypeError: the version is unknown, or a number is invalid.
     """
 
     model_input_names = ["pixel_values", "image_grid_hw"]
@@ -416,7 +416,7 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
     ) -> "InternLMXComposer2ImageProcessor":
-        """Load what `save_pretrained` wrote, or make it from `config.json` and the weights.
+        """Load what `save_pretrained` wrote, or build it from `config.json` and the weights.
 
         Raises:
             OSError: there is neither.
@@ -442,10 +442,10 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
         hd_num: int | None = None,
         return_tensors: str | None = None,
     ) -> BatchFeature:
-        """Pictures, or videos after them, without a prompt.
+        """Pictures, and videos after them, without a prompt.
 
         Args:
-            images, videos: one or a list, by any source of `load_image` and `load_video`.
+            images, videos: one or a list, from any source of `load_image` and `load_video`.
 
         Returns:
             `pixel_values` (tiles, 3, side, side), each picture's global view first, and `image_grid_hw`
@@ -468,20 +468,20 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
         """Read pictures and sample videos.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: as `load_image` and `load_video`.
+            FileNotFoundError, TypeError, ValueError: as in `load_image` and `load_video`.
         """
         return load_media(media, self, fps=fps, max_frames=num_frames)
 
     def default_hd_num(self, num_visuals: int) -> int:
-        """The budget of tiles of each picture of a prompt where the caller names none."""
+        """The tile budget of each picture of a prompt if the caller gives none."""
         return default_hd_num(self, num_visuals)
 
     def num_image_tokens(self, rows: int, cols: int) -> int:
-        """Tokens of one picture whose local tiles form `rows` x `cols` (1 x 1 for a square)."""
+        """Tokens of a picture whose local tiles form `rows` x `cols` (1 x 1 for a square)."""
         return tokens_of_grid(self, (rows, cols))
 
     def num_tiles(self, rows: int, cols: int) -> int:
-        """Rows of `pixel_values` of one picture: its local tiles and the global view, or the square."""
+        """Rows of `pixel_values` for one picture: its local tiles and the global view, or the square."""
         return 1 + rows * cols if self.is_tiled else 1
 
     def prepare(self, visuals: list[Visual], hd_num: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Picture geometry of the family, in integers and PIL pictures, and the published names of its transforms.
 
-`plan_*` decide in integers, everything else carries a plan out. Sizes are (height, width) in pixels and grids
-(rows, cols) in tiles; only PIL itself speaks of (width, height). Whoever needs the number of tokens of a
-picture takes it from the plan that also cuts the picture, so the two cannot disagree.
+`plan_*` decide in integers, everything else carries out a plan. Sizes are (height, width) in pixels and grids
+(rows, cols) in tiles; only PIL itself uses (width, height). The number of tokens of a picture always comes
+from the plan that also cuts the picture, so the two cannot disagree.
 """
 
 import math
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-# What the published checkpoints were trained with; every function takes another size as an argument.
+# What the published checkpoints were trained with; every function accepts another size as an argument.
 TILE_SIZE = 560
 TILE_SIZE_4KHD = 336
 
@@ -40,13 +40,13 @@ GAP = 10
 LINE_WIDTH = 2
 FONT_SIZE = 40
 
-# A plan beyond this is not a picture that any checkpoint can read, but memory that is about to run out.
+# No checkpoint can read a picture beyond this size; planning it would only exhaust the memory.
 MAX_PLANNED_PIXELS = 1 << 28
 
 
 @dataclass(frozen=True)
 class TileRule:
-    """How far a picture may grow, and where it lies on its canvas."""
+    """How far a picture may grow, and where it goes on its canvas."""
 
     enlargement: (
         float | None
@@ -57,19 +57,19 @@ class TileRule:
 TILE_RULES = {
     "bottom": TileRule(enlargement=1.0, centred=False),  # 2.5
     "always": TileRule(enlargement=None, centred=True),  # 4KHD
-    "centred": TileRule(enlargement=1.5, centred=True),  # 2.5 as published training and evaluation do it
+    "centred": TileRule(enlargement=1.5, centred=True),  # 2.5, as in published training and evaluation
 }
 
 
 @dataclass(frozen=True)
 class TilePlan:
-    """What becomes of a picture: resized, laid on white at `offset`, cut into `grid` squares."""
+    """What is done to a picture: resized, placed on white at `offset`, cut into `grid` squares."""
 
     resized: Size
     padded: Size
     offset: tuple[int, int]  # (top, left) of the picture on the white canvas
     tile_size: int  # px
-    transposed: bool  # resized on its side: PIL rounds between its two passes, so the order of axes shows
+    transposed: bool  # resized on its side: PIL rounds between its two passes, so the order of axes matters
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -111,7 +111,7 @@ def plan_tiles(height: int, width: int, *, tile_size: int, hd_num: int, layout: 
 
 
 def plan_video(height: int, width: int, *, tile_size: int) -> TilePlan:
-    """Plan a composite of video frames: its short side becomes one tile, whatever the long side comes to."""
+    """Plan a composite of video frames: its short side becomes one tile, whatever its long side becomes."""
     check_size(height, width)
     ratio = max(height, width) / min(height, width)
     resized = tile_size, int(tile_size * ratio)
@@ -137,10 +137,10 @@ def plan_composite(sizes: Sequence[Size], *, tile_size: int) -> FramePlan:
 
 
 def num_image_tokens(rows: int, cols: int, tile_tokens_per_side: int, *, is_tiled: bool = True) -> int:
-    """How many tokens a picture has: the one place that says so.
+    """How many tokens a picture has: the one place that defines it.
 
     A tiled picture has its tiles and a global view, a newline after each of their rows, and a separator; one
-    that is read as a square has that alone.
+    that is read as a square has only the square.
 
     Args:
         rows, cols: of local tiles.
@@ -154,7 +154,7 @@ def num_image_tokens(rows: int, cols: int, tile_tokens_per_side: int, *, is_tile
 
 
 def tile_rule(layout: str) -> TileRule:
-    """The rule of a layout's name."""
+    """The rule for a layout, by name."""
     if layout not in TILE_RULES:
         raise ValueError(f"unknown tile layout {layout!r}; choose one of {', '.join(TILE_RULES)}")
     return TILE_RULES[layout]
@@ -170,13 +170,13 @@ def check_hd_num(hd_num: int) -> int:
 
 
 def check_size(height: int, width: int) -> None:
-    """Refuse a picture without pixels."""
+    """Reject a picture without pixels."""
     if height < 1 or width < 1:
         raise ValueError(f"a picture needs at least 1x1 px, got {width}x{height} px")
 
 
 def _lay_out(resized: Size, tile_size: int, *, centred: bool, transposed: bool) -> TilePlan:
-    """Pad a lying picture to whole tiles, then stand it up if that is how it came."""
+    """Pad a landscape picture to whole tiles, then turn it back if it was a portrait."""
     height, width = (math.ceil(side / tile_size) * tile_size for side in resized)
     if height * width > MAX_PLANNED_PIXELS:
         raise ValueError(
@@ -217,12 +217,12 @@ def tile_picture(image: Image.Image, plan: TilePlan) -> Image.Image:
 
 
 def square_picture(image: Image.Image, side: int) -> Image.Image:
-    """Resize a picture to side x side pixels, whatever its aspect."""
+    """Resize a picture to side x side pixels, whatever its aspect ratio."""
     return to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)
 
 
 def composite_frames(images: Sequence[Image.Image], font: Font, *, tile_size: int) -> Image.Image:
-    """Lay frames out on one picture, each under its label."""
+    """Arrange frames on one picture, each under its label."""
     images = [to_rgb(image) for image in images]
     plan = plan_composite([image.size[::-1] for image in images], tile_size=tile_size)
     canvas = Image.new("RGB", plan.size[::-1], "white")
@@ -246,7 +246,7 @@ def _gap_line(plan: FramePlan, size: Size, position: tuple[int, int]) -> list[tu
 
 
 def get_font(path: "str | PathLike | None" = None, *, size: int = FONT_SIZE) -> Font:
-    """The font of frame labels: Pillow's own, or a font file (the checkpoints saw SimHei)."""
+    """The font of frame labels: Pillow's own, or a font file (the checkpoints were trained with SimHei)."""
     return ImageFont.load_default(size=size) if path is None else ImageFont.truetype(path, size=size)
 
 
@@ -271,7 +271,7 @@ def R560_HD18_Identity_transform(
 
 
 def Video_transform(img: Image.Image, hd_num: int = 25, *, tile_size: int = TILE_SIZE) -> Image.Image:
-    """A composite of video frames as 2.5 reads it. `hd_num` is accepted for old callers and plays no part."""
+    """A composite of video frames as 2.5 reads it. `hd_num` is accepted for old callers and ignored."""
     return tile_picture(img, plan_video(*upright_size(img), tile_size=tile_size))
 
 

@@ -1,8 +1,8 @@
 """Pictures and videos from wherever callers keep them, as RGB PIL pictures.
 
-Content decides what a file is; its name is asked only where the content is silent or out of reach. Whatever
-is wrong with a source is a `FileNotFoundError`, `ValueError` or `TypeError` here, before any computing.
-Nothing reaches for the network except an http(s) URL that the caller passed.
+A file's content decides what it is; its name is used only if the content says nothing or is out of reach.
+Anything wrong with a source is a `FileNotFoundError`, `ValueError` or `TypeError` here, before any
+computation. Nothing accesses the network except an http(s) URL that the caller passed.
 """
 
 import base64
@@ -39,12 +39,12 @@ MediaSource = (
     str | os.PathLike | bytes | bytearray | io.BytesIO | BinaryIO | Image.Image | np.ndarray | torch.Tensor
 )
 
-TIMEOUT = 20.0  # seconds that a URL may take altogether
+TIMEOUT = 20.0  # seconds that a URL may take in total
 MAX_IMAGE_BYTES = 128 << 20
 MAX_VIDEO_BYTES = 1 << 30
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow itself stops by default
 MAX_FRAME_PIXELS = 8192 * 4320
-MAX_FRAMES = 32  # of a video, unless the caller names another number
+MAX_FRAMES = 32  # of a video, unless the caller gives another number
 LONG_VIDEO = 600.0  # seconds from which reading is worth a progress bar
 
 # Formats that Pillow decodes itself: none that start a program or draw vectors.
@@ -93,7 +93,8 @@ def load_image(
     """Read one picture as upright RGB.
 
     `source` is a path, PIL picture, bytes, binary file, `data:` URI, http(s) URL, array of (height, width[,
-    channels]) or tensor of (channels, height, width) or as an array. Numbers are uint8, or floats in 0..1.
+    channels]) or tensor of (channels, height, width) or of an array's shape. Values are uint8, or floats in
+    0..1.
     """
     if isinstance(source, Image.Image):
         return _finish_image(source, "the PIL picture", max_pixels)
@@ -109,13 +110,13 @@ def load_image(
 def image_size(source: str | os.PathLike) -> Size:
     """(height, width) of the upright picture in a file, from its header alone.
 
-    Raises as `load_image`, except for what only decoding shows.
+    Raises the errors of `load_image`, except those that only decoding reveals.
     """
     name = describe(source)
     with _open_source(source, timeout=TIMEOUT, max_bytes=MAX_IMAGE_BYTES) as file:
         image = _open_image(file, name)
         _check_image_size(image, name, MAX_IMAGE_PIXELS)
-        # Pillow decodes a PNG whose header tells no orientation to see whether one follows the pixels.
+        # If a PNG's header has no orientation, Pillow decodes it to see whether one follows the pixels.
         is_silent = image.format == "PNG" and "exif" not in image.info
         return image.size[::-1] if is_silent else upright_size(image)
 
@@ -165,7 +166,7 @@ def _array_to_image(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or array.size == 0:
-        raise ValueError(f"a picture array has shape (height, width[, 1, 3 or 4]), got {array.shape}")
+        raise ValueError(f"a picture array must be (height, width[, 1, 3 or 4]), got {array.shape}")
     if np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):  # NaN fails both
@@ -177,13 +178,13 @@ def _array_to_image(array: np.ndarray) -> Image.Image:
 
 
 def upright_size(image: Image.Image) -> Size:
-    """(height, width) of a picture once its EXIF orientation is honoured."""
+    """(height, width) of a picture once its EXIF orientation is applied."""
     turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     return image.size if turned else image.size[::-1]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB: upright by its EXIF orientation, transparency laid on white."""
+    """A picture of any mode as RGB: upright by its EXIF orientation, transparency on white."""
     if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -197,7 +198,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Lay a picture with transparency on white."""
+    """Put a picture with transparency on white."""
     image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     canvas = Image.new("RGBA", image.size, "white")
     canvas.alpha_composite(image)
@@ -205,7 +206,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _grey_from_numbers(image: Image.Image) -> Image.Image:
-    """A picture of numbers as RGB. White is 65535 for 16 bit, else the first candidate that covers it."""
+    """A picture of numbers as RGB. White is 65535 for 16 bits, else the first candidate that covers them."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError(f"a picture of mode {image.mode} holds values that are not finite")
@@ -248,7 +249,7 @@ def is_video(source: object) -> bool:
 def plan_frames(
     num_frames: int, average_fps: float, *, fps: float = 1.0, max_frames: int = MAX_FRAMES
 ) -> list[int]:
-    """Choose which frames of a video are shown: `fps` per second, thinned out evenly to `max_frames`."""
+    """Choose which frames of a video to show: `fps` per second, thinned out evenly to `max_frames`."""
     if num_frames < 1:
         raise ValueError("the video has no frames")
     if not fps > 0 or max_frames < 1:
@@ -273,9 +274,9 @@ def load_video(
     """Read sampled frames of a video: a path, bytes, binary file, `data:` URI, URL, or a list of frames.
 
     A file gives `fps` frames per second, thinned out evenly to `max_frames`; a list is only thinned out.
-    Between the frames asked for, the reader jumps from keyframe to keyframe and converts nothing, so that an
-    hour takes no more memory than a minute. `progress` shows a bar on stderr; by default it does so for
-    videos of more than `LONG_VIDEO` seconds, on a terminal, unless the progress bars of transformers are off.
+    Between the requested frames, the reader jumps from keyframe to keyframe and converts nothing, so an hour
+    takes no more memory than a minute. `progress` shows a bar on stderr; by default it does so for videos
+    longer than `LONG_VIDEO` seconds, on a terminal, unless the progress bars of transformers are off.
     """
     if isinstance(source, (list, tuple)):
         indices = plan_frames(len(source), fps, fps=fps, max_frames=max_frames)
@@ -291,9 +292,9 @@ def load_video(
 def frame_sizes(
     source: MediaSource | Sequence[MediaSource], *, max_frames: int = MAX_FRAMES, fps: float = 1.0
 ) -> list[Size]:
-    """(height, width) of each frame that `load_video` would give; of a file all are taken to be as the first.
+    """(height, width) of each frame that `load_video` would return; those of a file are assumed to be equal.
 
-    Raises as `load_video`, except for what only decoding shows.
+    Raises the errors of `load_video`, except those that only decoding reveals.
     """
     if isinstance(source, (list, tuple)):
         indices = plan_frames(len(source), fps, fps=fps, max_frames=max_frames)
@@ -313,7 +314,7 @@ def _open_video(
     max_bytes: int = MAX_VIDEO_BYTES,
     max_frame_pixels: int = MAX_FRAME_PIXELS,
 ) -> "Iterator[tuple[PyAVReader | DecordReader, list[int]]]":
-    """An open video and the indices of its sampled frames; errors inside get its name."""
+    """An open video and the indices of its sampled frames; errors raised inside get its name."""
     name = describe(source)
     with _open_source(source, timeout=timeout, max_bytes=max_bytes) as file:
         head = _peek(file)
@@ -329,7 +330,7 @@ def _open_video(
 
 
 def _progress_bar(num_frames: int, seconds: float, wanted: bool | None) -> tqdm:
-    """A bar on stderr if it is wanted, by default for a long video on a terminal."""
+    """A bar on stderr if requested; by default for a long video on a terminal."""
     if wanted is None and seconds > LONG_VIDEO and sys.stderr.isatty():
         from transformers.utils.logging import is_progress_bar_enabled
 
@@ -337,7 +338,7 @@ def _progress_bar(num_frames: int, seconds: float, wanted: bool | None) -> tqdm:
     return tqdm(total=num_frames, desc="Reading the video", unit="frame", disable=not wanted)
 
 
-# --- where they lie ---
+# --- where they are ---
 
 
 def describe(source: object) -> str:
@@ -355,7 +356,7 @@ def _open_source(source: MediaSource, *, timeout: float, max_bytes: int) -> Bina
     if isinstance(source, (bytes, bytearray)):
         content = bytes(source)
     elif isinstance(source, io.BytesIO):
-        content = source.getvalue()  # wherever the caller's position stands
+        content = source.getvalue()  # whatever the caller's position
     elif hasattr(source, "read"):
         content = _read_file_object(source, max_bytes)
     elif not isinstance(source, (str, os.PathLike)):
@@ -391,7 +392,7 @@ def _open_path(path: Path) -> BinaryIO:
 def _read_file_object(file: BinaryIO, max_bytes: int) -> bytes:
     content = file.read(max_bytes + 1)
     if not isinstance(content, bytes):
-        raise TypeError(f"a media file must be open in binary mode, read {type(content).__name__}")
+        raise TypeError(f"a media file must be open in binary mode, got {type(content).__name__}")
     if len(content) > max_bytes:
         raise ValueError(f"the file holds more than the limit of {max_bytes} bytes")
     return content
@@ -435,12 +436,12 @@ def _fetch(url: str, *, timeout: float, max_bytes: int) -> bytes:
     except (OSError, ValueError) as error:
         raise ValueError(f"{url[:200]!r} can't be read: {error}") from error
     except Exception as error:  # http.client's own errors are neither
-        raise ValueError(f"{url[:200]!r} answered nonsense: {error!r}") from error
+        raise ValueError(f"{url[:200]!r} sent an invalid response: {error!r}") from error
     return content
 
 
 class _BadAnswer(Exception):
-    """An answer that goes beyond a limit, or stops short."""
+    """An answer that exceeds a limit, or stops short."""
 
 
 def _http_opener() -> urllib.request.OpenerDirector:
@@ -460,7 +461,7 @@ def _http_opener() -> urllib.request.OpenerDirector:
 
 
 def _read_response(response: "urllib.response.addinfourl", deadline: float, max_bytes: int) -> bytes:
-    """Read piece by piece, so that neither a slow nor an endless answer goes on."""
+    """Read piece by piece, to stop slow and endless answers."""
     promised = int(response.headers.get("Content-Length") or 0)
     if promised > max_bytes:
         raise _BadAnswer(f"promises {promised} bytes, more than the limit of {max_bytes}")
@@ -472,7 +473,7 @@ def _read_response(response: "urllib.response.addinfourl", deadline: float, max_
         if time.monotonic() > deadline:
             raise _BadAnswer(f"is too slow: {len(content)} bytes in the time allowed")
     if len(content) < promised:
-        raise _BadAnswer(f"broke off after {len(content)} of {promised} bytes")
+        raise _BadAnswer(f"stopped after {len(content)} of {promised} bytes")
     return bytes(content)
 
 
@@ -486,7 +487,7 @@ def _peek(file: BinaryIO) -> bytes:
 
 
 def _file_head(name: str) -> bytes:
-    """The first bytes of a file, nothing if there is none to read."""
+    """The first bytes of a file; none if it can't be read."""
     try:
         if not os.path.isfile(name):
             return b""
@@ -505,7 +506,7 @@ def _looks_like_video(head: bytes) -> bool:
 
 
 def _looks_like_picture(head: bytes) -> bool:
-    """Whether these first bytes are a picture, which a video reader would take for a video of one frame."""
+    """Whether these first bytes are a picture's; a video reader would take it for a video of one frame."""
     marks = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
     riff = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     heif = head[4:8] == b"ftyp" and head[8:12] in PICTURE_BRANDS
@@ -526,7 +527,7 @@ class Medium:
 def as_source(value: MediaSource) -> MediaSource:
     """A source, or base64 without its `data:` head, as a source.
 
-    A text is base64 if it has no other characters, is 32 or more long, decodes, and names no file.
+    Text is base64 if it has no other characters, is at least 32 long, decodes, and names no file.
     """
     if not isinstance(value, str) or not _BASE64.fullmatch(value) or _is_file(value):
         return value
@@ -534,7 +535,7 @@ def as_source(value: MediaSource) -> MediaSource:
         return base64.b64decode(re.sub(r"\s", "", value), validate=True)
     except binascii.Error as error:
         raise ValueError(
-            f"{describe(value)} is neither a file nor valid base64 ({error}); it may have been cut"
+            f"{describe(value)} is neither a file nor valid base64 ({error}); it may be truncated"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The InternLM2 decoder (arXiv:2403.17297). Knows nothing of pictures beyond a mask of their tokens."""
+"""The InternLM2 decoder (arXiv:2403.17297). Knows nothing about pictures beyond a mask of their tokens."""
 
 import torch
 from einops import rearrange
@@ -36,8 +36,8 @@ class InternLM2RMSNorm(nn.Module):
 class InternLM2RotaryEmbedding(nn.Module):
     """Cosines and sines of the positions, in float32 whatever the model's dtype.
 
-    Holds no buffers: frequencies follow from the configuration at each call, so that neither loading, nor
-    `half()`, nor an earlier long prompt can spoil them.
+    Holds no buffers: frequencies are computed from the configuration at each call, so that neither loading,
+    nor `half()`, nor an earlier long prompt can corrupt them.
     """
 
     def __init__(self, config: InternLMXcomposer2TextConfig) -> None:
@@ -47,8 +47,8 @@ class InternLM2RotaryEmbedding(nn.Module):
     def frequencies(self, num_positions: Tensor) -> tuple[Tensor, float]:
         """Inverse frequencies (rows, head_dim / 2) for rows of `num_positions` (rows,); attention scale.
 
-        Dynamic NTK lets the base grow with a row's length beyond `max_position_embeddings`; within it nothing
-        changes.
+        In dynamic NTK, the base grows with a row's length beyond `max_position_embeddings`; up to there,
+        nothing changes.
         """
         parameters = self.config.rope_parameters
         device = num_positions.device
@@ -99,7 +99,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Attention by plain products, with the weights as a second result; softmax in float32.
+    """Attention by plain products, which also returns the weights; softmax in float32.
 
     query (batch, heads, tokens, d), key and value (batch, kv heads, all tokens, d) ->
     (batch, tokens, heads, d) and (batch, heads, tokens, all tokens).
@@ -159,7 +159,7 @@ class InternLM2Attention(nn.Module):
         plora: dict,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """(batch, tokens, hidden) -> the same, and the attention weights where they are materialised."""
+        """(batch, tokens, hidden) -> the same, and the attention weights if they are materialised."""
         packed = rearrange(
             self.wqkv(hidden_states, **plora),
             "b n (g r d) -> b g r n d",
@@ -226,7 +226,7 @@ class InternLM2DecoderLayer(GradientCheckpointingLayer):
         infer_mode: str = "base",
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """(batch, tokens, hidden) -> the same, and the attention weights where they are materialised."""
+        """(batch, tokens, hidden) -> the same, and the attention weights if they are materialised."""
         plora = {"image_rows": image_rows, "infer_mode": infer_mode}
         attended, weights = self.attention(
             self.attention_norm(hidden_states),
@@ -259,12 +259,12 @@ class InternLM2PreTrainedModel(PreTrainedModel):
         return True
 
     def named_modules(self, *args, **kwargs):
-        """As the base class. peft asks for them before it wraps any, so this is where it meets `PLoRA`."""
+        """Like the base class. peft calls this before it wraps any, so this is where it meets `PLoRA`."""
         introduce_to_peft()
         return super().named_modules(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As the base class; new low-rank weights change nothing until trained (LoRA's own start)."""
+        """Like the base class; new low-rank weights change nothing until trained, as in LoRA itself."""
         super()._init_weights(module)
         if isinstance(module, LowRankUp):
             init.zeros_(module.weight)
@@ -311,15 +311,15 @@ class InternLM2Model(InternLM2PreTrainedModel):
         Args:
             input_ids, inputs_embeds: (batch, tokens) ids or (batch, tokens, hidden) embeddings, one of them.
             attention_mask: (batch, all tokens), false or 0 on padding, of any dtype.
-            cache: what is computed already; `past_key_values` is its older name.
+            cache: what has already been computed; `past_key_values` is its older name.
             im_mask: (batch, tokens), true on image tokens; any dtype and device.
             infer_mode: `"base"`, `"write"` or `"web"`.
 
         Raises:
-            ValueError: both or neither input, a mask of another shape, or an adapter the weights lack.
+            ValueError: both or neither input, a mask of the wrong shape, or an adapter the weights lack.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
         check_infer_mode(infer_mode, self.config)
         if inputs_embeds is None:
             inputs_embeds = self.tok_embeddings(input_ids)
@@ -369,7 +369,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
 
 
 def default_positions(inputs_embeds: Tensor, cache: Cache | None, attention_mask: Tensor | None) -> Tensor:
-    """(1 or batch, tokens) positions that go on where the cache ends and leave padding out."""
+    """(1 or batch, tokens) positions that continue where the cache ends and leave padding out."""
     if attention_mask is not None and attention_mask.ndim == 2:
         positions = (attention_mask.to(inputs_embeds.device).long().cumsum(-1) - 1).clamp(min=0)
         return positions[:, -inputs_embeds.shape[1] :]
@@ -392,6 +392,6 @@ def check_attention(config) -> None:
         is_flash_attn_2_available() or is_kernels_available()
     ):
         raise ValueError(
-            "attn_implementation='flash_attention_2' needs the package flash-attn and a GPU; install it with "
+            "attn_implementation='flash_attention_2' needs the flash-attn package and a GPU; install it with "
             "'pip install flash-attn --no-build-isolation', or use attn_implementation='sdpa'"
         )

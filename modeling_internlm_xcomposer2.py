@@ -82,7 +82,7 @@ logger = logging.get_logger(__name__)
 
 
 def _accept_published_names(module: nn.Module, state_dict: dict, prefix: str, *args) -> None:
-    """Let `load_state_dict` take the published names too, as the checkpoints of a trainer have them."""
+    """Let `load_state_dict` accept the published names too, as the checkpoints of a trainer have them."""
     for name in list(state_dict):
         if name.startswith(prefix) and (ours := our_name(name)) != name:
             state_dict[ours] = state_dict.pop(name)
@@ -94,7 +94,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
     Subclasses add a head and call `_finish_init`.
 
     Attributes:
-        num_processes: how many processes hold a part each of the decoder (tensor parallelism).
+        num_processes: how many processes the decoder is split across (tensor parallelism).
     """
 
     num_processes = 1
@@ -132,7 +132,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
         ]
 
     def _finish_init(self, packed: tuple[Packing, Mapping[str, tuple[int, ...]]] | None) -> None:
-        """What comes after the head: the library's own, and `PackedLinear` where weights are packed.
+        """What comes after the head: the library's own steps, and a `PackedLinear` for each packed weight.
 
         Args:
             packed: how the weights of a file are packed, and the shapes of its tensors.
@@ -154,22 +154,22 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
         adapters: Sequence[str] | None = None,
         **kwargs,
     ):
-        """Load a published checkpoint as it lies on disk, or one that `save_pretrained` wrote.
+        """Load a published checkpoint as it is, or one that `save_pretrained` wrote.
 
-        Weights with a score head in place of the output head are a reward model's: asked for a chat model,
-        this returns an `InternLMXComposer2ForSequenceClassification`. Sizes that `config.json` leaves out,
-        and the version, are what the weights say. GPTQ and AWQ weights are unpacked. `quantization_config`
-        quantises the decoder's plain linears alone.
+        Weights with a score head in place of the output head belong to a reward model: even if asked for a
+        chat model, this returns an `InternLMXComposer2ForSequenceClassification`. The weights determine the
+        version and the sizes that `config.json` leaves out. GPTQ and AWQ weights are unpacked.
+        `quantization_config` quantises only the decoder's plain linears.
 
         Args:
-            adapters: for which inference modes (`"write"`, `"web"`) to load the task adapters, all that are
-                there by default. Others take no memory, and their modes are refused. `()` loads none.
+            adapters: the inference modes (`"write"`, `"web"`) to load task adapters for, by default all that
+                are there. Others take no memory, and their modes are rejected. `()` loads none.
 
         Raises:
             ValueError: a tensor is missing, unknown or badly packed (they are listed), the directory holds
-                another model, the quantiser can't work on this device, the processes that are to share the
-                model (`tp_plan`, `distributed_config`) can't do so evenly, or `adapters` names a mode that
-                the checkpoint lacks.
+                another model, the quantiser can't work on this device, the model can't be split evenly across
+                the processes (`tp_plan`, `distributed_config`), or `adapters` names a mode that the
+                checkpoint lacks.
             FileNotFoundError: the directory holds no weights.
         """
         source = pretrained_model_name_or_path
@@ -190,7 +190,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
         with asking_for_heads(source):
             config = config.complete_from_shapes(shapes)
         if packing is not None and hasattr(config, "quantization_config"):
-            del config.quantization_config  # of a copy; transformers would ask for packages that read it
+            del config.quantization_config  # config is a copy; transformers would ask for packages to read it
         model_class = cls._class_for(shapes)
         num_processes = tensor_parallel_size(kwargs)
         check_divisible(config.text_config, num_processes)
@@ -216,10 +216,10 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
         return cls
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Write the checkpoint, under the published names where the weights are not quantised.
+        """Write the checkpoint, under the published names unless the weights are quantised.
 
         Raises:
-            ValueError: the quantised weights have no form in a file; nothing is written.
+            ValueError: the quantised weights can't be saved; nothing is written.
         """
         if getattr(self, "hf_quantizer", None) is None:
             super().save_pretrained(save_directory, **kwargs)
@@ -235,7 +235,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
                 init.normal_(newline, std=self.config.text_config.initializer_range)
 
     def _settle_generation_config(self) -> None:
-        """Correct what the files say of `generate`, in a model that has it."""
+        """Correct what the files say about `generate`, in a model that has it."""
 
     # ---- parts that libraries ask for ----
 
@@ -253,7 +253,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
 
     @property
     def input_device(self) -> torch.device:
-        """Where prompts belong: with the embeddings, or where they are computed while they are offloaded."""
+        """Where prompts belong: with the embeddings, or where those are computed if they are offloaded."""
         device = self.model.tok_embeddings.weight.device
         if device.type != "meta":
             return device
@@ -272,11 +272,11 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
     # ---- pictures ----
 
     def num_image_tokens(self, rows: int, cols: int) -> int:
-        """Tokens of one picture whose local tiles form `rows` x `cols` (1 x 1 for a square)."""
+        """Tokens of a picture whose local tiles form `rows` x `cols` (1 x 1 for a square)."""
         return tokens_of_grid(self.config, (rows, cols))
 
     def default_hd_num(self, num_pictures: int) -> int:
-        """How many tiles each picture of a prompt may be cut into where the caller names no number."""
+        """How many tiles each picture of a prompt may be cut into if the caller gives no number."""
         return default_hd_num(self.config, num_pictures)
 
     @leaves_autocast
@@ -321,10 +321,10 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
         """Ids and pictures -> (batch, tokens, hidden) embeddings, (batch, tokens) mask of image tokens.
 
         Args:
-            im_mask: where the image tokens are, if not wherever `config.image_token_id` stands.
+            im_mask: where the image tokens are; by default, wherever `config.image_token_id` is.
 
         Raises:
-            ValueError: the places and the pictures' tokens differ in number.
+            ValueError: the numbers of places and of the pictures' tokens differ.
         """
         if pixel_values is None:
             return self.model.tok_embeddings(input_ids), None
@@ -363,15 +363,15 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
         """Ids with pictures, or embeddings with a mask -> (batch, tokens, hidden) for a head.
 
         Args:
-            for_loss: whether this is a batch of training or evaluation, which every process runs alike.
+            for_loss: whether this is a training or evaluation batch, which every process runs alike.
 
         Raises:
             ValueError: both or neither input, or pictures and prompt don't match.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids, inputs_embeds and samples")
+            raise ValueError("pass exactly one of input_ids, inputs_embeds and samples")
         if inputs_embeds is not None and pixel_values is not None:
-            raise ValueError("inputs_embeds hold the pictures already; give pixel_values with input_ids")
+            raise ValueError("inputs_embeds already hold the pictures; pass pixel_values with input_ids")
         if inputs_embeds is None:
             self._check_pictures_present(input_ids, pixel_values, im_mask, cache)
             inputs_embeds, found = self.embed_inputs(input_ids, pixel_values, image_grid_hw, im_mask)
@@ -381,7 +381,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
         return self.model(inputs_embeds=inputs_embeds, im_mask=im_mask, cache=cache, **kwargs)
 
     def _pass_blank_picture(self, inputs_embeds: Tensor) -> Tensor:
-        """The same embeddings, computed from the vision parts too: a picture of which no token is used."""
+        """The same embeddings, but dependent on the vision parts, through a picture that isn't used."""
         picture = blank_picture(self.config, inputs_embeds.device)
         features = torch.cat(self.get_image_features(*picture).pooler_output)
         nowhere = torch.zeros_like(inputs_embeds, dtype=torch.bool)
@@ -390,7 +390,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
     def _check_pictures_present(
         self, input_ids: Tensor, pixel_values: Tensor | None, im_mask: Tensor | None, cache: Cache | None
     ) -> None:
-        """A prompt with places for pictures but no pictures is a mistake; a generated piece is not."""
+        """A prompt with places for pictures but no pictures is a mistake; a generated image piece is not."""
         if pixel_values is not None or im_mask is not None or torch.compiler.is_compiling():
             return
         if cache is not None and cache.get_seq_length() > 0:
@@ -403,10 +403,10 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
 class InternLMXComposer2ForCausalLM(
     ChatMixin, WritingMixin, GenerateMixin, InternLMXComposer2Backbone, GenerationMixin
 ):
-    """InternLM-XComposer2, -VL, -4KHD and 2.5, which answer.
+    """InternLM-XComposer2, -VL, -4KHD and 2.5: the models that answer.
 
-    Two ways in give the same numbers: ids with pictures (`input_ids`, `pixel_values`, `image_grid_hw`), and
-    embeddings with a mask (`inputs_embeds`, `im_mask`).
+    Two kinds of input give the same numbers: ids with pictures (`input_ids`, `pixel_values`,
+    `image_grid_hw`), and embeddings with a mask (`inputs_embeds`, `im_mask`).
     """
 
     _tp_plan = {"output": "colwise_gather_output"}
@@ -432,9 +432,9 @@ class InternLMXComposer2ForCausalLM(
         self.output = new_embeddings
 
     def _settle_generation_config(self) -> None:
-        """Let `generate` stop at the end of a turn, which the published configurations leave out.
+        """Make `generate` stop at the end of a turn, which the published configurations leave out.
 
-        The published `max_length` limits a prompt; it is no default for how much is generated.
+        The published `max_length` limits a prompt; it is not a default for how much is generated.
         """
         if self.generation_config.max_length == self.config.max_length:
             self.generation_config.max_length = None
@@ -467,23 +467,23 @@ class InternLMXComposer2ForCausalLM(
         num_items_in_batch: int | Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Ids with pictures, or embeddings with a mask -> logits, and the loss where there are labels.
+        """Ids with pictures, or embeddings with a mask -> logits, and the loss if there are labels.
 
         Args:
             input_ids: (batch, tokens), each picture a run of `config.image_token_id`.
             attention_mask: (batch, all tokens), false or 0 on padding, left or right, of any dtype.
-            cache: what is computed already; `past_key_values` is its older name.
+            cache: what has already been computed; `past_key_values` is its older name.
             inputs_embeds: (batch, tokens, hidden), instead of `input_ids`.
             pixel_values: (tiles, 3, side, side), all tiles of all pictures in the order of the prompt.
             image_grid_hw: (pictures, 2), rows and columns of local tiles.
             im_mask: (batch, tokens), true on image tokens; needed with `inputs_embeds` only.
             infer_mode: `"base"`, `"write"` or `"web"`: which task adapters act.
-            labels: (batch, tokens), -100 where no loss is wanted.
-            use_cache: whether keys and values are kept; by default not where there are labels, so that
-                `position_ids` that restart set packed conversations apart.
+            labels: (batch, tokens), -100 where there should be no loss.
+            use_cache: whether to keep keys and values; by default not if there are labels, so that
+                `position_ids` that restart separate packed conversations.
             logits_to_keep: how many of the last positions get logits, 0 for all, or the positions.
             samples: a batch of the published trainer, instead of everything above; may name an `infer_mode`.
-            num_items_in_batch: what the summed loss is divided by, where `Trainer` accumulates gradients.
+            num_items_in_batch: what the summed loss is divided by when `Trainer` accumulates gradients.
 
         Raises:
             ValueError: pictures and prompt don't match, or the checkpoint lacks what `infer_mode` needs.
@@ -531,9 +531,9 @@ class InternLMXComposer2ForCausalLM(
 
 
 class InternLMXComposer2ForSequenceClassification(RewardMixin, InternLMXComposer2Backbone):
-    """The model with a score in place of the output head.
+    """The model with a score head in place of the output head.
 
-    Trained on pairs of answers (`samples`, or `pairwise_loss` of the logits) it is a reward model. A chat
+    Trained on pairs of answers (`samples`, or `pairwise_loss` of the logits), it is a reward model. A chat
     checkpoint loads too, with a new head. `config.num_labels` is one, unless a configuration says otherwise.
     """
 
@@ -587,16 +587,16 @@ class InternLMXComposer2ForSequenceClassification(RewardMixin, InternLMXComposer
 
         Args:
             input_ids: (batch, tokens), each picture a run of `config.image_token_id`.
-            attention_mask: (batch, tokens), false or 0 on padding, left or right. Without it, what follows
-                the last token of `input_ids` that is not padding counts as padding.
+            attention_mask: (batch, tokens), false or 0 on padding, left or right. Without it, everything
+                after the last token of `input_ids` that is not padding counts as padding.
             inputs_embeds: (batch, tokens, hidden), instead of `input_ids`, with `im_mask` where pictures are.
             pixel_values, image_grid_hw: as in the chat model.
             labels: (batch,), for transformers' own losses, by `config.problem_type` and `config.num_labels`.
-            samples: a batch of the published trainer, instead of everything above, as `embed_pairs` takes it.
+            samples: a batch of the published trainer, instead of everything above, as in `embed_pairs`.
 
         Returns:
-            `logits` (batch, labels). With `samples` they are (2 x pairs, 1), chosen and rejected in turn, and
-            `loss` is their `pairwise_loss`.
+            `logits` (batch, labels). With `samples` they are (2 x pairs, 1), alternately chosen and rejected,
+            and `loss` is their `pairwise_loss`.
 
         Raises:
             ValueError: pictures and conversations don't match.
@@ -636,7 +636,7 @@ class InternLMXComposer2ForSequenceClassification(RewardMixin, InternLMXComposer
         )
 
 
-# transformers renames keys by class, at loading and, the other way round, at saving.
+# transformers renames keys by class when loading and, the other way round, when saving.
 for _class in (InternLMXComposer2ForCausalLM, InternLMXComposer2ForSequenceClassification):
     _renamings = [WeightRenaming(*pair) for pair in PUBLISHED_KEYS.items()]
     register_checkpoint_conversion_mapping(_class.__name__, _renamings, overwrite=True)

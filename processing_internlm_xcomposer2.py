@@ -40,14 +40,14 @@ class InternLMXComposer2TextKwargs(TypedDict, total=False):
     """How texts become rows.
 
     Args:
-        padding: True or "longest" (the default), "max_length", or False for rows as they come.
+        padding: True or "longest" (the default), "max_length", or False for rows as they are.
         padding_side: "left" (the default), as generation needs it, or "right".
         max_length: what rows are padded to with `padding="max_length"`; a longer row is an error.
         pad_to_multiple_of: a number that the length of padded rows is a multiple of.
-        truncation: accepted for callers that name it; nothing is ever cut.
+        truncation: accepted for callers that pass it; nothing is ever cut.
         add_special_tokens: whether BOS is added where the version has it and the text doesn't.
         return_mm_token_type_ids: add `mm_token_type_ids`, 1 on image tokens.
-        return_text_replacement_offsets: add `text_replacement_offsets`, what became of each mark.
+        return_text_replacement_offsets: add `text_replacement_offsets`, what each mark was replaced by.
         return_tensors: "pt", "np", or None for lists of ids.
     """
 
@@ -66,8 +66,8 @@ class InternLMXComposer2ImagesKwargs(TypedDict, total=False):
     """How pictures are cut.
 
     Args:
-        hd_num: local tiles that a picture may be cut into, the checkpoint's own number by default.
-        return_tensors: as of texts.
+        hd_num: how many local tiles a picture may be cut into, the checkpoint's own number by default.
+        return_tensors: as for texts.
     """
 
     hd_num: int | None
@@ -78,8 +78,8 @@ class InternLMXComposer2VideosKwargs(TypedDict, total=False):
     """How videos are sampled.
 
     Args:
-        fps, num_frames: frames per second of a video, one by default, and at most how many.
-        return_tensors: as of texts.
+        fps, num_frames: frames per second of a video, one by default, and the most frames to take.
+        return_tensors: as for texts.
     """
 
     fps: float
@@ -109,14 +109,14 @@ OPTIONS = {name for group in OPTION_GROUPS.values() for name in group.__annotati
 
 
 def check_options(kwargs: Mapping[str, object]) -> None:
-    """Raise `TypeError` or `ValueError` for an unknown or impossible option, by name or in a group."""
+    """Raise `TypeError` or `ValueError` for an unknown or invalid option, by name or in a group."""
     groups = (*OPTION_GROUPS, "common_kwargs")
     given = {name: value for name, value in kwargs.items() if name not in groups}
     for group in groups:
         given |= kwargs.get(group) or {}
     if unknown := set(given) - OPTIONS:
         raise TypeError(
-            f"unknown option {', '.join(sorted(map(str, unknown)))}; the processor takes "
+            f"unknown option {', '.join(sorted(map(str, unknown)))}; the processor accepts "
             f"{', '.join(sorted(OPTIONS))}"
         )
     if (hd_num := given.get("hd_num")) is not None:
@@ -126,7 +126,7 @@ def check_options(kwargs: Mapping[str, object]) -> None:
 
 
 def default_template(version: str) -> str:
-    """The turns that a version was trained on, with the published system text where `chat` has it.
+    """The turns that a version was trained on, with the published system text if `chat` has it.
 
     `use_meta` switches that text on or off; a system message of the conversation takes its place.
     """
@@ -141,7 +141,7 @@ def default_template(version: str) -> str:
 
 
 class InternLMXComposer2Processor(ProcessorMixin):
-    """Image processor and tokenizer of one checkpoint, under the interface of today's processors.
+    """Image processor and tokenizer of one checkpoint, with the interface of transformers' processors.
 
     `image_token` (`<ImageHere>`) marks a picture in a text; in the ids it is a run of `image_token_id`.
 
@@ -182,7 +182,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
     ) -> "InternLMXComposer2Processor":
-        """Load what `save_pretrained` wrote, or make it from `config.json`, the weights and the tokenizer.
+        """Load what `save_pretrained` wrote, or build it from `config.json`, the weights and the tokenizer.
 
         Raises:
             OSError: there is neither.
@@ -213,12 +213,12 @@ class InternLMXComposer2Processor(ProcessorMixin):
         """Prepare a batch, one row for each text.
 
         Args:
-            images: pictures by any source of `load_image`: one, a list that the marks of all texts take in
-                order, or a list for each text. In version 2.5 a text without any mark may have one picture,
-                which then goes to its front.
+            images: pictures from any source of `load_image`: one, a list for the marks of all texts in order,
+                or a list for each text. In version 2.5, a text without any mark may have one picture, which
+                then goes to the front.
             text: one or more texts, each with a mark for each of its media; BOS is added where it is missing.
-            videos: one video or a list of them by any source of `load_video`; a list of frames is a video.
-                Beside pictures the text marks them by `video_token`.
+            videos: one video or a list of them from any source of `load_video`; a list of frames is a video.
+                If there are pictures too, the text marks videos with `video_token`.
             kwargs: those of `InternLMXComposer2ProcessorKwargs`, by name or in the groups of transformers.
 
         Returns:
@@ -226,7 +226,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
             (tiles, 3, side, side) and `image_grid_hw` (media, 2).
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: anything wrong with the arguments, before any pixel
+            FileNotFoundError, TypeError, ValueError: anything wrong with the arguments, before any picture
                 is cut.
         """
         options = self._options(kwargs)
@@ -242,7 +242,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
         """Options by their group, with the defaults of those that a caller left out.
 
         Raises:
-            TypeError, ValueError: an option that is unknown or impossible.
+            TypeError, ValueError: an option that is unknown or invalid.
         """
         check_options(kwargs)
         return self._merge_kwargs(InternLMXComposer2ProcessorKwargs, **kwargs)
@@ -266,19 +266,19 @@ class InternLMXComposer2Processor(ProcessorMixin):
         """One conversation or several -> a text, ids, or with `return_dict` all inputs.
 
         Content is a text or a list of `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` and
-        `{"type": "video", "video": ...}`, whose source may also stand under `url`, `path` or `base64`, and of
-        `image_url` and `video_url` as OpenAI has them. Sound is never read, so `load_audio_from_video` is
-        without effect.
+        `{"type": "video", "video": ...}`, whose source may also be under `url`, `path` or `base64`, and of
+        `image_url` and `video_url` as in OpenAI's API. Sound is never read, so `load_audio_from_video` has no
+        effect.
 
         Args:
-            processor_kwargs: options as `__call__` takes them; they may also be given as keywords.
+            processor_kwargs: options of `__call__`; they may also be given as keywords.
             kwargs: anything else is a variable of the template, such as `use_meta`.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: as `__call__`, and for anything but messages.
+            FileNotFoundError, TypeError, ValueError: as in `__call__`, and for anything but messages.
         """
         if return_assistant_tokens_mask:
-            raise ValueError("return_assistant_tokens_mask needs offsets, which sentencepiece doesn't give")
+            raise ValueError("return_assistant_tokens_mask needs offsets, which sentencepiece doesn't have")
         conversations, is_batch = split_conversations(conversation)
         read = [read_messages(messages, need_sources=tokenize) for messages in conversations]
         names = OPTIONS | {*OPTION_GROUPS, "common_kwargs"}
@@ -300,11 +300,11 @@ class InternLMXComposer2Processor(ProcessorMixin):
         return inputs if return_dict else inputs["input_ids"]
 
     def _template(self, name: str | None) -> str:
-        """The template of this name, or `name` itself where it is a template."""
+        """The template of this name, or `name` itself if it is a template."""
         if not isinstance(self.chat_template, dict):
             return name or self.chat_template
         if name is None and "default" not in self.chat_template:
-            raise ValueError(f"name one of the chat templates: {', '.join(self.chat_template)}")
+            raise ValueError(f"choose one of the chat templates: {', '.join(self.chat_template)}")
         return self.chat_template.get(name or "default", name)
 
     def _process(
@@ -346,7 +346,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
         )
         if prompt.ids.count(self.image_token_id) != sum(prompt.is_image):
             raise ValueError(
-                f"the text holds {self.image_piece}, which stands for image tokens; mark pictures by "
+                f"the text contains {self.image_piece}, which stands for image tokens; mark pictures with "
                 f"{self.image_token} and leave the piece out"
             )
         return prompt.ids
@@ -408,7 +408,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
         return self.image_piece * self.image_processor.num_image_tokens(rows, cols)
 
     def _offsets(self, text: str, lengths: list[int]) -> list[dict]:
-        """Where each mark of a text stands, and where what replaces it stands in the text without marks."""
+        """Where each mark of a text is, and where its replacement is in the text without marks."""
         found, grown, end = [], 0, 0
         for length in lengths:
             start = text.find(self.image_token, end)
@@ -429,7 +429,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
         hd_num: int | None = None,
         **kwargs,
     ) -> MultiModalData:
-        """Tokens, and rows of `pixel_values`, of the media of one prompt, from their sizes alone.
+        """Tokens, and rows of `pixel_values`, for the media of one prompt, from their sizes alone.
 
         Args:
             image_sizes: (height, width) of each picture in pixels.
@@ -452,7 +452,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
     def decode(self, token_ids: Ids, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
         """The text of ids, or of each row of them.
 
-        With `skip_special_tokens` image tokens and the mark at the end of an answer are left out too; the
+        With `skip_special_tokens`, image tokens and the mark at the end of an answer are left out too; the
         tokenizer itself keeps both.
         """
         rows = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids

@@ -1,8 +1,8 @@
 """What a prompt is: turns, system text and pictures -> checked ids, by the rules of each version.
 
 Functions of a configuration, a tokenizer and what a caller passed. `plan_chat` and `plan_conversation` make
-every check and read every picture, but cut none; `batch_inputs` turns their prompts into tensors. Whoever
-answers a prompt, the model in this package or another engine, begins here.
+every check and read every picture, but cut none; `batch_inputs` turns their prompts into tensors. Anything
+that answers a prompt, the model in this package or another engine, starts here.
 """
 
 import re
@@ -43,7 +43,7 @@ META_INSTRUCTION = (
     "based on the provided image."
 )
 
-# Kinds of content that carry media: what they are, and under which keys they may say where it is.
+# Kinds of content that carry media: what they are, and the keys that may hold the source.
 MEDIA_PARTS = {
     "image": ("image", ("image", "url", "path", "base64")),
     "image_url": ("image", ("image_url",)),
@@ -89,7 +89,7 @@ def place_images(prompt: str, num_images: int, *, version: str) -> list[str]:
     A single picture without a mark goes to the very front in version 2.5, before system text and history.
 
     Raises:
-        ValueError: marks and pictures differ in number.
+        ValueError: the numbers of marks and pictures differ.
     """
     texts = prompt.split(IMAGE_MARK)
     num_marks = len(texts) - 1
@@ -114,7 +114,7 @@ def encode_prompt(
 ) -> PromptIds:
     """Token ids of texts with pictures between them.
 
-    BOS stands once at the start in version 2.5, and before every non-empty text in 2 and 4KHD.
+    BOS goes once at the start in version 2.5, and before every non-empty text in 2 and 4KHD.
 
     Args:
         texts: one more than there are pictures.
@@ -136,7 +136,7 @@ def encode_prompt(
 
 
 def cut_response(text: str) -> str:
-    """What stands before the end of the turn."""
+    """The text before the end of the turn."""
     return text.split(END_OF_TURN)[0]
 
 
@@ -157,7 +157,7 @@ def check_turns(query: str, history: History | None) -> list[tuple[str, str]]:
 
 
 def context_length(config) -> int:
-    """How many tokens the decoder reads: the trained positions times what their scaling stretches them by."""
+    """How many tokens the decoder reads: the trained positions times their scaling factor."""
     text = config.text_config
     return int(text.max_position_embeddings * text.rope_parameters.get("factor", 1.0))
 
@@ -182,7 +182,7 @@ def check_length(num_tokens: int, image_lengths: list[int], config, hd_num: int 
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A prompt that is checked and counted, whose pictures are not cut yet.
+    """A prompt that is checked and counted, with pictures that are not cut yet.
 
     Attributes:
         penalise_prompt: whether the repetition penalty sees the prompt, as in the published text-only form.
@@ -196,7 +196,7 @@ class ChatPrompt:
     penalise_prompt: bool = False
 
     def spans(self) -> list[tuple[int, int]]:
-        """(first, behind the last) position of each picture's tokens."""
+        """(first, one past the last) position of each picture's tokens."""
         spans, position = [], 0
         for length in self.lengths:
             start = self.is_image.index(True, position)
@@ -205,7 +205,7 @@ class ChatPrompt:
         return spans
 
     def tokens(self, identities: Sequence[Hashable]) -> list[Hashable]:
-        """What stands at each position: ids, and for image tokens the identity of their picture."""
+        """What is at each position: ids, and the identity of their picture for image tokens."""
         tokens: list[Hashable] = list(self.ids)
         for (start, stop), identity in zip(self.spans(), identities, strict=True):
             tokens[start:stop] = [identity] * (stop - start)
@@ -221,11 +221,11 @@ def plan_chat(
     history: History = (),
     meta_instruction: str | None = "",
 ) -> ChatPrompt:
-    """A question with its pictures and earlier turns, with all checks made; pictures are read, but not cut.
+    """A question with its pictures and earlier turns, fully checked; pictures are read, but not cut.
 
     Args:
-        image: pictures and videos as `chat` takes them; `None` for the published text-only form.
-        hd_num: local tiles that a picture may be cut into, `default_hd_num` by default.
+        image: pictures and videos as in `chat`; `None` for the published text-only form.
+        hd_num: how many local tiles a picture may be cut into, `default_hd_num` by default.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: anything wrong with the arguments, or too long.
@@ -250,12 +250,12 @@ def plan_conversation(
     hd_num: int | None = None,
     max_length: int | None = None,
 ) -> ChatPrompt:
-    """A conversation that is to be scored, as `plan_chat` plans a question.
+    """A conversation to be scored, planned as `plan_chat` plans a question.
 
     Args:
         messages: dicts of `role` and `content`, the last of them an answer.
         image: its pictures and videos, unless they are parts of the content.
-        max_length: an error for a longer conversation; the decoder's context by default.
+        max_length: a longer conversation is an error; the decoder's context by default.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: anything wrong with the arguments, or too long.
@@ -264,7 +264,7 @@ def plan_conversation(
         check_hd_num(hd_num)
     text, media = format_conversation(messages)
     text += f"{tokenizer.eos_token}{reward_mark(tokenizer)}"
-    # BOS stands once, as in the training of every version.
+    # One BOS, as in the training of every version.
     prompt = _plan(config, tokenizer, text, _visuals_of(media, image, config), hd_num, bos_rule="2.5")
     if max_length is not None and len(prompt.ids) > max_length:
         raise ValueError(
@@ -302,7 +302,7 @@ def _plan(
 
 
 def text_only_ids(tokenizer, prompt: str, **kwargs) -> BatchEncoding:
-    """The published text-only form of a prompt, in which BOS stands twice: (1, tokens) ids and mask."""
+    """The published text-only form of a prompt, with BOS twice: (1, tokens) ids and mask."""
     return tokenizer([f"{tokenizer.bos_token}{prompt}"], **kwargs)
 
 
@@ -318,13 +318,13 @@ def batch_inputs(
     """Prompts -> tensors, padded on the left.
 
     Args:
-        num_cached: how many first tokens are computed already; only pictures behind them are cut.
+        num_cached: how many leading tokens are already computed; only pictures after them are cut.
         font: of the labels in videos.
 
     Returns:
-        `input_ids` (prompts, tokens), and where there is something to say `attention_mask` and `im_mask` of
-        the same shape, `pixel_values` (tiles, 3, side, side) and `image_grid_hw` (pictures, 2), and
-        `penalise_prompt`, a list.
+        `input_ids` (prompts, tokens), and if needed `attention_mask` and `im_mask` of the same shape,
+        `pixel_values` (tiles, 3, side, side) and `image_grid_hw` (pictures, 2), and `penalise_prompt`, a
+        list.
     """
     longest = max(len(prompt.ids) for prompt in prompts)
     pads = [longest - len(prompt.ids) for prompt in prompts]
@@ -352,7 +352,7 @@ def batch_inputs(
 
 
 def system_text(version: str, use_meta: bool | None, meta_instruction: str | None) -> str:
-    """The system text if it is wanted; 2.5 leaves it out unless asked."""
+    """The system text if requested; 2.5 leaves it out by default."""
     use_meta = version != "2.5" if use_meta is None else use_meta
     return (meta_instruction or "") if use_meta else ""
 
@@ -372,7 +372,7 @@ def check_tokenizer(config: InternLMXcomposer2Config, tokenizer) -> None:
     if rows not in (tokenizer.vocab_size, len(tokenizer)) and len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} pieces but the model {rows}; load the tokenizer that "
-            "lies beside the checkpoint"
+            "comes with the checkpoint"
         )
     end, expected = tokenizer.convert_tokens_to_ids(END_OF_TURN), config.end_token_id
     if end in (None, tokenizer.unk_token_id):
@@ -380,31 +380,31 @@ def check_tokenizer(config: InternLMXcomposer2Config, tokenizer) -> None:
     if expected < rows and end != expected:
         raise ValueError(
             f"the tokenizer's id of {END_OF_TURN} is {end} but the model's is {expected}; load the "
-            "tokenizer that lies beside the checkpoint"
+            "tokenizer that comes with the checkpoint"
         )
 
 
-# ---- conversations that are to be scored ----
+# ---- conversations to be scored ----
 
 
 def format_conversation(messages: Conversation) -> tuple[str, list[Medium]]:
-    """A conversation that ends in the answer to be scored -> its turns as text, and media in its content.
+    """A conversation that ends with the answer to be scored -> its turns as text, and media in its content.
 
     Args:
         messages: dicts of `role` and `content`, a text or a list of parts as in a chat template; a picture
-            that is passed apart from the messages is `<ImageHere>` or `{"type": "image"}` there.
+            that is passed separately is `<ImageHere>` or `{"type": "image"}` there.
 
     Raises:
         TypeError, ValueError: no messages, an unknown role, or the last message is not an answer.
     """
     if not isinstance(messages, list | tuple) or not messages:
-        raise TypeError(f"a conversation is a list of at least one message, not {messages!r:.80}")
+        raise TypeError(f"a conversation must be a list of at least one message, not {messages!r:.80}")
     rendered, media = read_messages(messages, need_sources=False)
     if unknown := [message["role"] for message in rendered if message["role"] not in ROLES]:
-        raise ValueError(f"unknown role {unknown[0]!r}; it is one of {', '.join(ROLES)}")
+        raise ValueError(f"unknown role {unknown[0]!r}; choose one of {', '.join(ROLES)}")
     if rendered[-1]["role"] != "assistant":
         raise ValueError(
-            f"the last message is of {rendered[-1]['role']!r}; it must be the answer that is scored, of "
+            f"the last message is from {rendered[-1]['role']!r}; it must be the answer to be scored, from "
             "'assistant'"
         )
     turns = [format_turn(message["role"], _text_of(message["content"])) for message in rendered]
@@ -417,22 +417,22 @@ def _text_of(content: str | list[dict]) -> str:
 
 
 def reward_mark(tokenizer) -> str:
-    """The piece that ends a conversation behind `</s>`, at which its score is read.
+    """The piece that ends a conversation after `</s>`, at which its score is read.
 
-    It is `[UNUSED_TOKEN_130]`, and the end of a turn in a vocabulary that has no such piece, such as nano's.
+    It is `[UNUSED_TOKEN_130]`, or the end of a turn in a vocabulary that has no such piece, such as nano's.
     """
     known = tokenizer.convert_tokens_to_ids(REWARD_MARK) not in (None, tokenizer.unk_token_id)
     return REWARD_MARK if known else END_OF_TURN
 
 
 def _visuals_of(media: list[Medium], image: object, config: InternLMXcomposer2Config) -> list[Visual]:
-    """The pictures of a conversation, which are in its messages or apart from them, not both."""
+    """The pictures of a conversation, which are in its messages or passed separately, not both."""
     apart = (
         [] if image is None or (isinstance(image, list | tuple) and not image) else as_visuals(image, config)
     )
     if media and apart:
         raise ValueError(
-            f"the messages hold {len(media)} pictures and {len(apart)} more were given; pass them in one way"
+            f"the messages hold {len(media)} pictures and {len(apart)} more were given; pass them one way"
         )
     return load_media(media, config) or apart
 
@@ -444,12 +444,12 @@ def split_conversations(conversation: Sequence) -> tuple[list[list[dict]], bool]
     """One conversation or several -> a list of conversations, and whether there were several.
 
     Raises:
-        TypeError, ValueError: something that is not a list of messages, or an empty one.
+        TypeError, ValueError: something isn't a list of messages, or an empty one.
     """
     if hasattr(conversation, "messages"):
         conversation = conversation.messages
     if not isinstance(conversation, list | tuple):
-        raise TypeError(f"a conversation is a list of messages, not {type(conversation).__name__}")
+        raise TypeError(f"a conversation must be a list of messages, not {type(conversation).__name__}")
     if not conversation:
         raise ValueError("the conversation is empty: it needs at least one message")
     is_batch = isinstance(conversation[0], list | tuple) or hasattr(conversation[0], "messages")
@@ -459,25 +459,25 @@ def split_conversations(conversation: Sequence) -> tuple[list[list[dict]], bool]
 
 
 def read_messages(messages: Sequence[Mapping], *, need_sources: bool) -> tuple[list[dict], list[Medium]]:
-    """A conversation as a chat template reads it, media left out, and its media in their order.
+    """A conversation as a chat template reads it, without its media, and its media in order.
 
     Args:
         need_sources: False allows `{"type": "image"}` alone, a mark for a picture that comes later.
 
     Raises:
-        TypeError, ValueError: a message without a role, content of an unknown type, or not one source.
+        TypeError, ValueError: a message without a role, content of an unknown type, or not just one source.
     """
     rendered, media = [], []
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise TypeError(f"a message is a dict with a role and content, not {_shorten(message)}")
+            raise TypeError(f"a message must be a dict with a role and content, not {_shorten(message)}")
         content = message.get("content")
         if isinstance(content, list | tuple):
             parts = [_read_part(part, need_sources) for part in content]
             media += [medium for _, medium in parts if medium is not None]
             content = [part for part, _ in parts]
         elif content is not None and not isinstance(content, str):
-            raise TypeError(f"the content of a message is a text or a list, not {type(content).__name__}")
+            raise TypeError(f"a message's content must be a text or a list, not {type(content).__name__}")
         rendered.append({**message, "content": "" if content is None else content})
     return rendered, media
 
@@ -485,7 +485,7 @@ def read_messages(messages: Sequence[Mapping], *, need_sources: bool) -> tuple[l
 def _read_part(part: Mapping, need_source: bool) -> tuple[dict, Medium | None]:
     """One item of a message's content, without its medium, and that medium."""
     if not isinstance(part, Mapping) or "type" not in part:
-        raise TypeError(f"content is made of dicts with a type, not {_shorten(part)}")
+        raise TypeError(f"content must consist of dicts with a type, not {_shorten(part)}")
     kind = part["type"]
     if kind == "text":
         if not isinstance(part.get("text"), str):
@@ -506,7 +506,7 @@ def _read_part(part: Mapping, need_source: bool) -> tuple[dict, Medium | None]:
 
 
 def _source_of(key: str, value: object) -> MediaSource | Sequence[MediaSource]:
-    """What stands under a key of a part, ready to be loaded."""
+    """What is under a key of a part, ready to be loaded."""
     if isinstance(value, Mapping):  # OpenAI: {"image_url": {"url": ...}}
         if not isinstance(value.get("url"), str):
             raise TypeError(f"{key} needs a url, got {_shorten(value)}")
@@ -533,19 +533,19 @@ def pair_media(
     """Texts in which every medium has an `IMAGE_MARK`, and the media of each in the order of their marks.
 
     Args:
-        images: nothing, one picture, a list that the marks take in order, or a list for each text.
+        images: nothing, one picture, a list for the marks in order, or a list for each text.
         videos: nothing, one video, or a list of them; a list of frames is a video.
         allow_unmarked: a text without any mark may have one picture.
 
     Raises:
-        ValueError: marks and media differ in number, or a text doesn't say which mark is a video's.
+        ValueError: the numbers of marks and media differ, or a text doesn't say which mark is a video's.
     """
     row_lengths = _row_lengths(images)
     images = [] if images is None else [Medium(False, item) for item in flatten_images(images)]
     videos = None if videos is None else [Medium(True, item) for item in flatten_videos(videos)]
     if videos is not None and not any(VIDEO_MARK in text for text in texts):
         if images:
-            raise ValueError(f"with pictures and videos, the text marks each video by {VIDEO_MARK}")
+            raise ValueError(f"with pictures and videos, the text must mark each video with {VIDEO_MARK}")
         return list(texts), _distribute(videos, texts, IMAGE_MARK, None, allow_unmarked)
     rows = _distribute(images, texts, IMAGE_MARK, row_lengths, allow_unmarked and not videos)
     if not videos:
@@ -565,7 +565,7 @@ def _merge(text: str, images: list[Medium], videos: list[Medium]) -> list[Medium
 def _distribute(
     media: list[Medium], texts: Sequence[str], mark: str, lengths: list[int] | None, allow_unmarked: bool
 ) -> list[list[Medium]]:
-    """Give each text its media: as many as `lengths` says, else as it has marks."""
+    """Give each text its media: as many as `lengths` says, else one for each mark."""
     marks, kind = [text.count(mark) for text in texts], "pictures" if mark == IMAGE_MARK else "videos"
     if lengths is not None and len(lengths) != len(texts):
         raise ValueError(f"there are {len(texts)} texts but {len(lengths)} lists of pictures")
@@ -585,7 +585,7 @@ def _distribute(
 
 
 def _row_lengths(images: object) -> list[int] | None:
-    """How many pictures each text has, where they come in a list for each text."""
+    """How many pictures each text has, if they come as a list for each text."""
     if isinstance(images, list | tuple) and images and all(isinstance(item, list | tuple) for item in images):
         return [len(item) for item in images]
     return None

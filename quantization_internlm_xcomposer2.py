@@ -1,11 +1,11 @@
-"""Weights of few bits: what transformers' quantisers need of us, and checkpoints packed by GPTQ and AWQ.
+"""Low-bit weights: what transformers' quantisers need from us, and checkpoints packed by GPTQ and AWQ.
 
 Only the plain linears of the decoder are ever quantised. Image tokens pass through everything else, which is
 a small part of the weights.
 
 GPTQ (arXiv:2210.17323) and AWQ (arXiv:2306.00978) keep a linear's weight as integers of a few bits, several
 to a 32-bit word, with a scale and a zero point for each group of inputs: `weight = (integer - zero) * scale`.
-GPTQ packs along the inputs, AWQ along the outputs and in an order of its own.
+GPTQ packs along the inputs, AWQ along the outputs and in its own order.
 """
 
 import copy
@@ -31,8 +31,8 @@ from .configuration_internlm_xcomposer2 import published_name
 
 logger = logging.get_logger(__name__)
 
-# Everything but the plain linears of the decoder, in the patterns that transformers' quantisers know: names
-# of modules, or expressions.
+# Everything but the plain linears of the decoder, in the patterns that transformers' quantisers understand:
+# names of modules, or expressions.
 FULL_PRECISION_MODULES = (
     "vit",
     "vision_proj",
@@ -52,7 +52,7 @@ _DECODER_LINEAR = re.compile(r"model\.layers\.\d+\..*\.linear")
 def quantizer_argument(
     config: QuantizationConfigMixin | dict | None, device_map: object = None
 ) -> QuantizationConfigMixin | None:
-    """What `from_pretrained` passes on for a caller's `quantization_config`, which stays as it is.
+    """What `from_pretrained` passes on for a caller's `quantization_config`, which is left unchanged.
 
     Raises:
         ValueError: the quantiser is unknown, or can't work on the device.
@@ -80,15 +80,15 @@ def with_default_skips(config: QuantizationConfigMixin | dict) -> QuantizationCo
 
 
 def check_quantizer_fits_device(config: QuantizationConfigMixin, device_map: object) -> None:
-    """Raise `ValueError` where torchao's int4 layout for GPUs was asked for, but the weights go to a CPU."""
+    """Raise `ValueError` if torchao's int4 layout for GPUs is requested, but the weights go to a CPU."""
     layout = type(getattr(config, "quant_type", None)).__name__
     places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
     on_cpu = places <= {None, "cpu", torch.device("cpu")} or not torch.accelerator.is_available()
     if layout == "Int4WeightOnlyConfig" and on_cpu:
         raise ValueError(
-            "torchao's Int4WeightOnlyConfig has no layout for a CPU; take PrototypeInt4WeightOnlyConfig of "
+            "torchao's Int4WeightOnlyConfig has no layout for a CPU; use PrototypeInt4WeightOnlyConfig from "
             "torchao.prototype.quantization.int4 (4 bits in memory), or IntxWeightOnlyConfig(torch.int4, "
-            "PerGroup(32)) of torchao.quantization (4-bit values, a byte each)"
+            "PerGroup(32)) from torchao.quantization (4-bit values, a byte each)"
         )
 
 
@@ -103,8 +103,8 @@ def settle_quantized(model: PreTrainedModel) -> None:
     plain = [name for name, module in linears.items() if _is_plain(module)]
     if plain:
         logger.warning(
-            f"{len(plain)} of {len(linears)} linears of the decoder were not quantised, {plain[0]} for one: "
-            "their widths don't fit the group size, or the quantization_config names them"
+            f"{len(plain)} of {len(linears)} linears of the decoder were not quantised, such as {plain[0]}: "
+            "their widths don't fit the group size, or the quantization_config excludes them"
         )
 
 
@@ -114,7 +114,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _settle_4bit(module: nn.Module) -> None:
-    """Keep bitsandbytes' fused kernel for CPUs to the widths that it takes, and its layout out of files.
+    """Limit bitsandbytes' fused kernel for CPUs to the widths it supports, and keep its layout out of files.
 
     The kernel repacks a weight at the first forward, which fails unless the widths are multiples of 32 (out)
     and of the block size (in); other widths are dequantised instead.
@@ -127,9 +127,9 @@ def _settle_4bit(module: nn.Module) -> None:
 
 
 def _restore_absmax(module: nn.Module, *_) -> None:
-    """Give a repacked 4-bit weight its scales back in the order of the file, before it is written.
+    """Put the scales of a repacked 4-bit weight back into the order of the file, before it is written.
 
-    bitsandbytes 0.50 turns back the weight alone: the scales would stay transposed, in the file and in the
+    bitsandbytes 0.50 restores only the weight: the scales would stay transposed, in the file and in the
     model, and doubly quantised ones would be rounded a second time. They are written as they are in use.
     """
     state = getattr(module.weight, "quant_state", None)
@@ -139,22 +139,22 @@ def _restore_absmax(module: nn.Module, *_) -> None:
 
 
 def check_savable(model: PreTrainedModel) -> None:
-    """Raise `ValueError` for a quantised model whose tensors have no form in a file."""
+    """Raise `ValueError` for a quantised model whose tensors can't be saved."""
     try:
         _, metadata = model.hf_quantizer.get_state_dict_and_metadata(model)
     except ValueError as error:
         raise ValueError(
             f"this model's quantised weights can't be saved ({error}); save the unquantised model and "
-            "quantise it at each loading"
+            "quantise it each time it is loaded"
         ) from error
     if "tensor_names" in metadata and not _quantized_names(metadata):
-        raise ValueError("none of this model's weights is quantised; save it without a quantization_config")
+        raise ValueError("none of this model's weights are quantised; save it without a quantization_config")
 
 
 def settle_saved_metadata(directory: str | os.PathLike) -> None:
-    """Take plain tensors out of what torchao says of a saved model's tensors.
+    """Remove plain tensors from what torchao says about a saved model's tensors.
 
-    They need no description, and torchao can't read that of a name without a dot, as newline vectors have.
+    They need no description, and torchao can't read one for a name without a dot, as newline vectors have.
     """
     for path in sorted(Path(directory).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -179,7 +179,7 @@ def _quantized_names(metadata: Mapping[str, str]) -> list[str]:
 WORD = 32  # bits of a packed word
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output that each nibble of a word holds, lowest nibble first
-_BLOCK = 1 << 21  # weights that are unpacked at once: bounds the memory beside the result
+_BLOCK = 1 << 21  # weights that are unpacked at once: bounds the memory besides the result
 _NAMES_IN_MESSAGE = 8
 
 
@@ -190,7 +190,7 @@ class Packing:
     Attributes:
         method: `"gptq"` or `"awq"`.
         bits: of one weight.
-        group_size: inputs that share a scale; -1 for all of them, `None` where only the shapes say it.
+        group_size: inputs that share a scale; -1 for all of them, `None` if only the shapes say it.
         zero_offset: what is added to a stored zero point: 1 in GPTQ's first format, else 0.
         linears: names of the packed linears, without `.qweight`.
     """
@@ -207,7 +207,7 @@ def packing_of(shapes: Mapping[str, tuple[int, ...]], config: object = None) -> 
 
     Args:
         shapes: the shape of every tensor by name.
-        config: what says more: a configuration with a `quantization_config`, or that itself, or a
+        config: what else is known: a configuration with a `quantization_config`, or that itself, or a
             `quantize_config.json` as a dictionary.
 
     Raises:
@@ -242,13 +242,13 @@ def unpacked_shapes(shapes: Mapping[str, tuple[int, ...]], packing: Packing) -> 
 
 
 class PackedLinear(nn.Module):
-    """A linear whose weight is packed, under the names that GPTQ and AWQ files have for its tensors.
+    """A linear whose weight is packed, with the tensor names that GPTQ and AWQ files use.
 
     Args:
         bits, method, zero_offset: as in `Packing`.
-        num_groups: of inputs that share a scale.
-        group_size: inputs in a group, in their order, unless the file says of each which group it is in.
-        has_index: whether the file says so (`g_idx`).
+        num_groups: how many groups of inputs share a scale.
+        group_size: consecutive inputs in a group, unless the file gives the group of each input.
+        has_index: whether the file does so (`g_idx`).
         has_bias: whether the file has a bias.
     """
 
@@ -276,7 +276,7 @@ class PackedLinear(nn.Module):
         for name, shape in shapes.items():
             empty = None if shape is None else torch.zeros(shape, dtype=torch.int32)
             self.register_parameter(name, _constant(empty))
-        # In float32, which holds every type of a file, whatever the type of the model.
+        # In float32, which can hold every type found in files, whatever the type of the model.
         self.scales = _constant(torch.ones(num_groups, out_features, dtype=torch.float32))
         bias = torch.zeros(out_features, dtype=torch.float32) if has_bias else None
         self.register_parameter("bias", _constant(bias))
@@ -285,14 +285,14 @@ class PackedLinear(nn.Module):
         """(in,), the group of each input.
 
         Raises:
-            ValueError: the file names a group that isn't there.
+            ValueError: the file names a group that doesn't exist.
         """
         num_groups = len(self.scales)
         if self.g_idx is None:
             return torch.arange(self.in_features, device=self.scales.device) // self.group_size
         low, high = int(self.g_idx.min()), int(self.g_idx.max())
         if low < 0 or high >= num_groups:
-            raise ValueError(f"g_idx names groups {low} to {high} of {num_groups}")
+            raise ValueError(f"g_idx names groups {low} to {high}, but there are {num_groups}")
         return self.g_idx.long()
 
     @torch.no_grad()
@@ -312,7 +312,7 @@ class PackedLinear(nn.Module):
 
 
 def _constant(tensor: Tensor | None) -> nn.Parameter | None:
-    """A parameter, so that it is offloaded as others are, which doesn't train."""
+    """A parameter that doesn't train; being one, it is offloaded like the others."""
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
 
 
@@ -323,7 +323,7 @@ def packing_to_read(
     quantization: object,
     hub_arguments: dict,
 ) -> Packing | None:
-    """How the weights are packed that are to be loaded here; `None` if they aren't, or not to be read here.
+    """How the weights to be loaded are packed; `None` if they aren't, or are not to be read here.
 
     Args:
         quantization: the caller's `quantization_config`; one for GPTQ or AWQ leaves them to transformers.
@@ -342,10 +342,10 @@ def packing_to_read(
         return None
     words = [f"{linear}.{part}" for linear in packing.linears for part in ("qweight", "qzeros")]
     if wrong := [name for name in words if headers[name].dtype != torch.int32]:
-        raise ValueError(f"{len(wrong)} packed tensors are not of 32-bit integers: {_listed(wrong)}")
+        raise ValueError(f"{len(wrong)} packed tensors are not 32-bit integers: {_listed(wrong)}")
     if quantization is not None:
         raise ValueError(
-            f"these weights have {packing.bits} bits already, by {packing.method}; leave quantization_config "
+            f"these weights already have {packing.bits} bits, by {packing.method}; leave quantization_config "
             "out, or quantise the original checkpoint"
         )
     return packing
@@ -377,18 +377,18 @@ def our_linear(name: str) -> str:
 
 
 def unpack_linears(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put a plain linear in place of each `PackedLinear`, one at a time, but those that are offloaded.
+    """Put a plain linear in place of each `PackedLinear`, one at a time, except those that are offloaded.
 
     The model is then saved under the names that it would have had from plain files.
 
     Raises:
-        ValueError: a bias isn't zero, or an index of groups is wrong; says whose.
+        ValueError: a bias isn't zero, or a group index is wrong; says whose.
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, PackedLinear):
             continue
         if module.bias is not None and module.bias.device.type != "meta" and module.bias.any():
-            raise ValueError(f"the weights don't fit this model; tensors 1 unexpected: {name}.bias")
+            raise ValueError(f"the weights don't fit this model; tensors: 1 unexpected: {name}.bias")
         module.requires_grad_(False)
         if module.qweight.device.type == "meta":
             continue
@@ -406,7 +406,7 @@ def unpack_linears(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """(rows, words) of 32 bits -> (rows, words * 32 / bits) integers from 0, the lowest bits first."""
+    """(rows, words) of 32 bits -> (rows, words * 32 / bits) integers from 0, lowest bits first."""
     shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=words.device)
     return ((words[..., None] >> shifts) & (2**bits - 1)).flatten(1)
 
@@ -463,7 +463,7 @@ def unpack_awq(
 
 
 def _unpack_awq_words(words: Tensor, bits: int) -> Tensor:
-    """(rows, words) -> (rows, words * 8), each word's nibbles put in the order of the outputs."""
+    """(rows, words) -> (rows, words * 8), each word's nibbles in the order of the outputs."""
     nibbles = unpack_words(words, bits).unflatten(1, (-1, len(_AWQ_ORDER)))
     return nibbles[..., torch.tensor(_AWQ_ORDER).argsort()].flatten(1)
 
@@ -492,12 +492,12 @@ def _group_size(fields: dict) -> int | None:
 
 
 def _zero_offset(fields: dict, method: str) -> int:
-    """GPTQ's first format, which files without a word on it have, stores zero points less one."""
+    """GPTQ's first format, that of files that don't name one, stores zero points minus one."""
     return int(method == "gptq" and fields.get("checkpoint_format", "gptq") == "gptq")
 
 
 def _layout(shapes: Mapping[str, tuple[int, ...]], linear: str) -> tuple[str, int] | None:
-    """Method and bits that the shapes speak for: GPTQ keeps the outputs whole, AWQ packs them."""
+    """Method and bits that the shapes suggest: GPTQ keeps the outputs whole, AWQ packs them."""
     words, zeros, scales = (shapes[f"{linear}.{part}"] for part in ("qweight", "qzeros", "scales"))
     if not len(words) == len(zeros) == len(scales) == 2 or 0 in (*words, *zeros, *scales):
         return None
@@ -520,12 +520,12 @@ def _check_complete(shapes: Mapping[str, tuple[int, ...]], linears: tuple[str, .
     ]
     if missing:
         raise ValueError(
-            f"{len(linears)} weights are packed, but {len(missing)} tensors lack: {_listed(missing)}"
+            f"{len(linears)} weights are packed, but {len(missing)} tensors are missing: {_listed(missing)}"
         )
 
 
 def _check_fields(fields: dict, packing: Packing) -> None:
-    """Hold what the configuration says to what the shapes say, and to what can be unpacked."""
+    """Check what the configuration says against the shapes, and against what can be unpacked."""
     bits = fields.get("bits", fields.get("w_bit", packing.bits))
     method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method") or packing.method))
     if (method, bits) != (packing.method, packing.bits):
@@ -562,7 +562,7 @@ def _fault(shapes: Mapping[str, tuple[int, ...]], linear: str, packing: Packing)
     }
     for part, shape in expected.items():
         if shapes[f"{linear}.{part}"] != shape:
-            return f"{linear}.{part} is {shapes[f'{linear}.{part}']}, where scales {scales} ask for {shape}"
+            return f"{linear}.{part} is {shapes[f'{linear}.{part}']}, but scales {scales} require {shape}"
     if packing.group_size is None and "g_idx" not in expected and inputs % groups:
         return (
             f"{linear} has {inputs} inputs in {groups} groups; name the group_size in the quantization_config"

@@ -1,8 +1,8 @@
 """Scores of conversations, as InternLM-XComposer2.5-Reward gives them (arXiv:2501.12368).
 
-The published training code tells how a conversation is written: its turns, then `</s>[UNUSED_TOKEN_130]`.
-Inferred are that the score is read at this last token, that BOS stands before everything, and that a
-conversation is scored in the form in which it is trained.
+The published training code shows how a conversation is written: its turns, then `</s>[UNUSED_TOKEN_130]`.
+It is inferred that the score is read at this last token, that BOS comes before everything, and that a
+conversation is scored in the form it was trained in.
 """
 
 from collections.abc import Hashable, Sequence
@@ -19,7 +19,7 @@ BATCH_TOKENS = 16384
 
 
 def pairwise_loss(scores: Tensor) -> Tensor:
-    """Scores of chosen and rejected answers in turn -> the mean of -log sigmoid(chosen - rejected), float32.
+    """Alternating chosen and rejected scores -> the mean of -log sigmoid(chosen - rejected), in float32.
 
     Args:
         scores: (2 x pairs,) or (2 x pairs, 1).
@@ -29,16 +29,16 @@ def pairwise_loss(scores: Tensor) -> Tensor:
     """
     if len(scores) % 2 or scores.numel() != len(scores):
         raise ValueError(
-            f"scores of the shape {tuple(scores.shape)} are not pairs of one chosen, one rejected"
+            f"scores of shape {tuple(scores.shape)} are not pairs of one chosen and one rejected"
         )
     chosen, rejected = scores.float().view(-1, 2).unbind(1)
     return -nn.functional.logsigmoid(chosen - rejected).mean()
 
 
 def batches_within(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of rows in batches of about one length, each of at most `budget` tokens, padding included.
+    """Indices of rows in batches of similar length, each of at most `budget` tokens, padding included.
 
-    A row that is longer alone goes alone.
+    A row longer than that gets its own batch.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
@@ -49,7 +49,7 @@ def batches_within(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def last_positions(length: int, mask: Tensor | None) -> Tensor | int:
-    """Where each row's last token stands, by a (batch, tokens) mask that is false on padding, on any side."""
+    """The position of each row's last token, by a (batch, tokens) mask: false on padding, on either side."""
     if mask is None:
         return length - 1
     mask = mask[:, -length:].bool()
@@ -66,13 +66,13 @@ class RewardMixin:
         max_length: int | None = None,
         hd_num: int | None = None,
     ) -> float:
-        """The score of the answer that a conversation ends in. Needs `self.tokenizer`.
+        """The score of the answer that a conversation ends with. Needs `self.tokenizer`.
 
         Args:
-            conversation: dicts of `role` and `content`; earlier turns and a system message may go before.
-            image: nothing, or what `chat` takes: a picture or video, or a list of them with an `<ImageHere>`
-                for each in the text; a single one may go unmarked. Or they are parts of the content.
-            max_length: tokens of a conversation at most; nothing is cut.
+            conversation: dicts of `role` and `content`; earlier turns and a system message may come first.
+            image: nothing, or as in `chat`: a picture or video, or a list of them with an `<ImageHere>` for
+                each in the text; a single one may go unmarked. Or they are parts of the content.
+            max_length: the most tokens of a conversation; nothing is cut.
             hd_num: how many local tiles a picture may be cut into, by default as in `chat`.
 
         Raises:
@@ -90,13 +90,13 @@ class RewardMixin:
         *,
         batch_tokens: int = BATCH_TOKENS,
     ) -> list[float]:
-        """The score of each of several conversations, as `get_score` has it.
+        """The score of each of several conversations, as in `get_score`.
 
-        Conversations that are the same, pictures included, have the same score. Others may differ from what
-        they have alone by rounding (some 1e-6 in float32), which depends on what else is in a batch.
+        Identical conversations, pictures included, have the same score. Otherwise a score may differ from the
+        one computed alone by rounding (some 1e-6 in float32), depending on what else is in the batch.
 
         Args:
-            images: for each conversation what `get_score` takes as `image`; `None` where none has any.
+            images: for each conversation, what `get_score` accepts as `image`; `None` if none has any.
             batch_tokens: how many tokens are computed at once, padding included. A longer row goes alone.
 
         Raises:
@@ -126,7 +126,7 @@ class RewardMixin:
         return [scores[first[content]] for content in contents]
 
     def _content_of(self, prompt: ChatPrompt) -> Hashable:
-        """Equal for prompts that are the same, pictures and all."""
+        """Equal for identical prompts, pictures included."""
         identities = [visual.identity(self.config, prompt.hd_num, self.font) for visual in prompt.visuals]
         return tuple(prompt.tokens(identities))
 
@@ -139,7 +139,7 @@ class RewardMixin:
         max_length: int | None = None,
         hd_num: int | None = None,
     ) -> bool:
-        """Whether the first of two conversations scores higher; not so for one that is the same.
+        """Whether the first of two conversations scores higher; false if they are the same.
 
         The errors are those of `get_scores`.
         """
@@ -155,7 +155,7 @@ class RewardMixin:
         *,
         batch_tokens: int = BATCH_TOKENS,
     ) -> list[int]:
-        """The place of each conversation, 0 for the highest score; of equal ones the first is better.
+        """The rank of each conversation, 0 for the highest score; the first of equal ones is better.
 
         The arguments and errors are those of `get_scores`.
         """
@@ -179,7 +179,7 @@ class RewardMixin:
             raise TypeError(f"images must be a list with an entry per conversation, not {images!r:.80}")
         if len(images) != len(conversations):
             raise ValueError(
-                f"there are {len(conversations)} conversations but {len(images)} images; give an entry to "
+                f"there are {len(conversations)} conversations but {len(images)} images; give an entry for "
                 "each, [] for none"
             )
         return images
@@ -188,12 +188,12 @@ class RewardMixin:
         """A batch of the published trainer -> embeddings, attention mask and image mask, padded right.
 
         Args:
-            samples: `chosen` and `rejected`, whole conversations as text, however deep in lists; `data_type`,
+            samples: `chosen` and `rejected`, whole conversations as text, however deeply nested; `data_type`,
                 `"multi"` or `"text"`, the same for all; for `"multi"` also `image`, the normalised pixels of
-                (1, 3, height, width) of each pair, which both of its conversations show.
+                (1, 3, height, width) of each pair, which both of its conversations share.
 
         Returns:
-            (2 x pairs, tokens, hidden), chosen and rejected in turn, and two masks of (2 x pairs, tokens).
+            (2 x pairs, tokens, hidden), alternately chosen and rejected, and two (2 x pairs, tokens) masks.
 
         Raises:
             ValueError: something is missing or doesn't fit, or a conversation is longer than

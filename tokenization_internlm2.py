@@ -1,4 +1,4 @@
-"""The name under which the tokenizer configuration of some published checkpoints asks for the tokenizer."""
+"""The name by which the tokenizer configuration of some published checkpoints asks for the tokenizer."""
 
 from .tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
 

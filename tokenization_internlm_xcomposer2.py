@@ -2,10 +2,10 @@
 
 Two vocabularies go through the same class: the one of the published checkpoints (92544 pieces, `<unk>` 0,
 `<s>` 1, `</s>` 2, `[UNUSED_TOKEN_145]` 92542, `[UNUSED_TOKEN_146]` 92543) and the small one of the nano
-checkpoint, whose ids differ. So no id stands in this file: every piece is looked up by its name.
+checkpoint, whose ids differ. So there are no ids in this file: every piece is looked up by its name.
 
-The markup of turns, whose only place is here, is made of ordinary pieces. sentencepiece matches them whole,
-decoding shows them, and `skip_special_tokens` leaves them where they are; only `<s>`, `</s>` and `<unk>` are
+The markup of turns, which is defined only here, consists of ordinary pieces. sentencepiece matches them
+whole, decoding shows them, and `skip_special_tokens` leaves them in; only `<s>`, `</s>` and `<unk>` are
 special.
 """
 
@@ -22,9 +22,9 @@ from transformers import AddedToken, PreTrainedTokenizer
 BEGIN_OF_TURN = "[UNUSED_TOKEN_146]"
 END_OF_TURN = "[UNUSED_TOKEN_145]"
 IMAGE_MARK = "<ImageHere>"
-# In a text with pictures and videos, this marks the videos; wherever there are only videos, either mark does.
+# In a text with pictures and videos, this marks the videos; if there are only videos, either mark will do.
 VIDEO_MARK = "<VideoHere>"
-# What stands behind a conversation that is to be scored.
+# What follows a conversation that is to be scored.
 REWARD_MARK = "[UNUSED_TOKEN_130]"
 SPECIAL_PIECES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
@@ -59,8 +59,8 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
     `<s>` goes before each text unless `add_special_tokens=False`; `</s>` goes after it only with
     `add_eos_token=True`. `</s>` is also the padding. `apply_chat_template` writes the turns that the
     models were trained on, `<s>` once at the very start, an image or video as `<ImageHere>`.
-    Decoding takes the blank away from before punctuation, as it did when the checkpoints were published,
-    unless `clean_up_tokenization_spaces=False`.
+    Decoding removes the space before punctuation, as it did when the checkpoints were published, unless
+    `clean_up_tokenization_spaces=False`.
 
     Raises FileNotFoundError if `vocab_file` does not exist, ValueError if it holds no sentencepiece model
     or one without the special and markup pieces of this family.
@@ -104,10 +104,10 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
 
     @classmethod
     def convert_to_native_format(cls, **kwargs):
-        """The constructor's arguments as `from_pretrained` found them, once the vocabulary is known good.
+        """The constructor's arguments as `from_pretrained` found them, after checking the vocabulary.
 
-        `from_pretrained` hides errors of the constructor: an OSError loses its file name, and in
-        transformers 5.0 every error becomes a demand for protobuf. Raised here, just before, they show.
+        `from_pretrained` hides the constructor's errors: an OSError loses its file name, and in transformers
+        5.0 every error becomes a request for protobuf. Raised here, just before, they are visible.
         """
         specials = tuple(kwargs.get(name) or default for name, default in SPECIAL_PIECES.items())
         vocab_file = _existing_file(kwargs.get("vocab_file"), kwargs.get("name_or_path"))
@@ -128,12 +128,12 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
         """Special tokens and tokens added later with their ids, in the order of the ids."""
         return self.added_tokens_encoder
 
-    # The one private name that another part of the library asks for (docs/compatibility.md).
+    # The one private name that another part of the library looks for (docs/compatibility.md).
     @property
     def _tokenizer(self) -> Tokenizer:
-        """The vocabulary for `tokenizers.decoders.DecodeStream`, by which `transformers serve` streams.
+        """The vocabulary for `tokenizers.decoders.DecodeStream`, with which `transformers serve` streams.
 
-        It decodes and nothing else. The end of a turn is special in it, so that no stream shows it.
+        It only decodes. The end of a turn is special in it, so that no stream shows it.
         """
         if self._stream_decoder is None or self._stream_decoder.get_vocab_size() != len(self):
             self._stream_decoder = _decoder(self.get_vocab(), [*self.all_special_tokens, END_OF_TURN])
@@ -155,8 +155,8 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of `tokens`.
 
-        As published, a blank stands before each run of pieces that ends in a special token: "a", "</s>"
-        gives " a</s>", and "<s>", "a" gives " <s>a". Tokens added to the vocabulary stand for themselves.
+        As published, a space goes before each run of pieces that ends in a special token: "a", "</s>" gives
+        " a</s>", and "<s>", "a" gives " <s>a". Tokens added to the vocabulary appear as they are.
         """
         return "".join(self._parts_of_text(tokens))
 
@@ -176,7 +176,7 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """One or two sequences joined, after `<s>` and before `</s>` where those are switched on."""
+        """One or two sequences joined, after `<s>` and before `</s>` if those are switched on."""
         start = [self.bos_token_id] if self.add_bos_token else []
         end = [self.eos_token_id] if self.add_eos_token else []
         return start + token_ids_0 + (token_ids_1 or []) + end
@@ -210,7 +210,7 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
 
 
 def _decoder(vocabulary: dict[str, int], special: list[str]) -> Tokenizer:
-    """A tokenizer that only decodes, as sentencepiece does without a blank at the start."""
+    """A tokenizer that only decodes, as sentencepiece does without a space at the start."""
     decoder = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_PIECES["unk_token"]))
     decoder.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -1,4 +1,4 @@
-"""Frames of a video file by index, through PyAV or, where that is what is installed, decord."""
+"""Frames of a video file by index, through PyAV or, if only that is installed, decord."""
 
 import importlib
 import math
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-# By FFmpeg's names of formats: where times lead to the frames that counting would give; others are counted.
+# FFmpeg's names of formats whose times lead to the frames that counting gives; in others, frames are counted.
 TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 CUT_SILENTLY = ("matroska,webm",)
 
@@ -21,22 +21,22 @@ TURNS = {
 }
 
 
-# What is told how many frames have been read.
+# Called with how many frames have been read.
 Progress = Callable[[int], None]
 
 
 class VideoError(ValueError):
-    """What is wrong with a video, told without its name."""
+    """What is wrong with a video, without its name."""
 
 
 class PyAVReader:
-    """Decodes with PyAV, jumping from keyframe to keyframe; only frames asked for become pictures."""
+    """Decodes with PyAV, jumping from keyframe to keyframe; only requested frames become pictures."""
 
     def __init__(self, av: ModuleType, file: BinaryIO, max_frame_pixels: int):
         self.errors = (av.FFmpegError, EOFError, OverflowError)
         self.max_frame_pixels = max_frame_pixels
         try:
-            # Formats that point to other files or addresses must not follow them.
+            # Formats that refer to other files or addresses must not open them.
             self.container = av.open(file, metadata_errors="ignore", options={"protocol_whitelist": "none"})
         except (*self.errors, ValueError) as error:
             raise VideoError(f"unknown or truncated ({_reason(error)})") from error
@@ -60,7 +60,7 @@ class PyAVReader:
         self.container.close()
 
     def _read_index(self) -> None:
-        """Read when each frame is shown, and which ones can be decoded from, without decoding any."""
+        """Read when each frame is shown, and where decoding can start, without decoding anything."""
         times, keys, end = [], [], 0.0
         try:
             for packet in self.container.demux():
@@ -81,13 +81,13 @@ class PyAVReader:
         self.times, self.keys = (sorted(times), sorted(keys)) if self.is_timed else ([], [])
 
     def _check_end(self, end: float) -> None:
-        """Refuse a file that stops well before its header says, where cutting goes unnoticed otherwise."""
+        """Reject a file that ends well before its header says, if truncation would go unnoticed otherwise."""
         duration = (self.container.duration or 0) / 1_000_000
         if self.container.format.name in CUT_SILENTLY and duration - end > max(1.0, duration * 0.05):
             raise VideoError(f"truncated: it stops at {end:.1f} of {duration:.1f} seconds")
 
     def frames(self, indices: Sequence[int], progress: Progress | None = None) -> list[Image.Image]:
-        """The frames of ascending `indices`."""
+        """The frames at ascending `indices`."""
         progress = progress or (lambda num_read: None)
         try:
             found = self._by_time(indices, progress) if self.is_timed else None
@@ -99,7 +99,7 @@ class PyAVReader:
         return found
 
     def _by_time(self, indices: Sequence[int], progress: Progress) -> list[Image.Image] | None:
-        """Jump to the keyframe before each frame. None where the file's times don't lead to its frames."""
+        """Jump to the keyframe before each frame. `None` if the file's times don't lead to its frames."""
         found, position, decoded = [], None, iter(())
         for wanted in (self.times[index] for index in indices):
             num_keys_before = bisect_right(self.keys, wanted)
@@ -128,7 +128,7 @@ class PyAVReader:
         return found
 
     def _to_image(self, frame: "VideoFrame") -> Image.Image:  # noqa: F821
-        """Convert one decoded frame, turned upright as its display matrix says."""
+        """Convert one decoded frame, rotated upright according to its display matrix."""
         check_frame_size(frame.width, frame.height, self.max_frame_pixels)
         turn = TURNS.get(int(getattr(frame, "rotation", 0)) % 360)
         image = frame.to_image()
@@ -157,7 +157,7 @@ class DecordReader:
         del self.video
 
     def frames(self, indices: Sequence[int], progress: Progress | None = None) -> list[Image.Image]:
-        """The frames of ascending `indices`."""
+        """The frames at ascending `indices`."""
         found = []
         for index in indices:
             found.append(self._frame(index))
@@ -175,7 +175,7 @@ class DecordReader:
 
 
 def open_video(file: BinaryIO, *, max_frame_pixels: int) -> PyAVReader | DecordReader:
-    """Open a video with whatever reader is installed; use it in a `with` block."""
+    """Open a video with whichever reader is installed; use it in a `with` block."""
     for name, reader in (("av", PyAVReader), ("decord", DecordReader)):
         module = _optional_module(name)
         if module is not None:
@@ -184,7 +184,7 @@ def open_video(file: BinaryIO, *, max_frame_pixels: int) -> PyAVReader | DecordR
 
 
 def check_frame_size(width: int, height: int, max_frame_pixels: int) -> None:
-    """Refuse frames that are empty or would not fit in memory."""
+    """Reject frames that are empty or would not fit in memory."""
     if width < 1 or height < 1:
         raise VideoError(f"its frames are empty: {width}x{height} px")
     if width * height > max_frame_pixels:
@@ -199,6 +199,6 @@ def _optional_module(name: str) -> ModuleType | None:
 
 
 def _reason(error: Exception) -> str:
-    """What a library says about a failure, without its stack and its names for files."""
+    """What a library says about a failure, without its stack and its file names."""
     message = getattr(error, "strerror", None) or str(error)
     return next(iter(message.splitlines()), type(error).__name__)

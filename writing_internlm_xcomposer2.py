@@ -1,4 +1,4 @@
-"""Articles and pages: long answers with the task adapters of version 2.5, and what is made of their text."""
+"""Articles and pages: long answers with the task adapters of version 2.5, and what becomes of their text."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ from .tokenization_internlm_xcomposer2 import BEGIN_OF_TURN, END_OF_TURN, IMAGE_
 
 logger = logging.get_logger(__name__)
 
-# Tiles per picture in these methods, several pictures or one.
+# Tiles per picture in these methods, whether there are several pictures or one.
 WRITING_TILES = 24
 NO_SEED = -1
 
@@ -32,14 +32,14 @@ PERSONAL_PAGE_PROMPT = " Generate a personal page using the content in the resum
 JAVASCRIPT_PROMPT = " Generate JavaScript events for the html code:"
 SCREENSHOT_PROMPT = " Generate the HTML code of this web image with Tailwind CSS."
 
-# Where links to random pictures lead. The models write those of a service that has closed.
+# Where links to random pictures lead. The models write those of a service that has shut down.
 IMAGE_SERVICES = {
     "picsum": r"https://picsum.photos/\g<width>/\g<height>",
     "placehold": r"https://placehold.co/\g<width>x\g<height>",
     "keep": r"\g<0>",
 }
 _RANDOM_PICTURE = r"https?://source\.unsplash\.com/random/(?P<width>\d+)x(?P<height>\d+)"
-# Search words end where the link does. Within quotes they may hold blanks, but a `srcset` goes on after one.
+# Search words end where the link does. In quotes they may contain spaces, but a `srcset` continues after one.
 _QUOTED_WORDS = r"(?:(?!(?P=quote)|\s(?:[\d.]+[wx]\b|https?:))[^<>\n])*(?=(?P=quote))"
 _BARE_WORDS = r"""(?:(?!&quot;|&\#)[^\s"'<>()`\\])*(?<![,.;])"""
 _QUOTED_LINK = re.compile(rf"""(?<=(?P<quote>["'])){_RANDOM_PICTURE}/?\?{_QUOTED_WORDS}""")
@@ -65,7 +65,7 @@ _DEVICES = frozenset(
 
 
 def takes_arguments_of(method: Callable, **defaults: object) -> Callable[[Callable], Callable]:
-    """Let a method take the arguments of another, in the same order, with other defaults for some of them.
+    """Give a method the arguments of another, in the same order, with different defaults for some of them.
 
     The method itself gets them all by name.
     """
@@ -87,7 +87,7 @@ def takes_arguments_of(method: Callable, **defaults: object) -> Callable[[Callab
 
 
 class WritingMixin:
-    """Methods that write articles and pages. Needs `ChatMixin`, and `self.tokenizer` where none is passed."""
+    """Methods that write articles and pages. Needs `ChatMixin`, and `self.tokenizer` if none is passed."""
 
     @torch.no_grad()
     def write_artical(
@@ -119,9 +119,9 @@ class WritingMixin:
             hd_num: how many local tiles a picture may be cut into, 24 by default.
             history: ignored, with a warning.
             max_length: prompt and answer together, in tokens; `max_new_tokens` can shorten the answer.
-            seed: the same seed gives the same text, and leaves the caller's random state as it was; with -1
-                the draws come from the generators as they are.
-            kwargs: `tokenizer`, `infer_mode` and `meta_instruction`, and anything that `generate` takes.
+            seed: the same seed gives the same text, and leaves the caller's random state as it was; with -1,
+                sampling uses the generators as they are.
+            kwargs: `tokenizer`, `infer_mode` and `meta_instruction`, and anything that `generate` accepts.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: anything wrong with the arguments, before any compute.
@@ -166,18 +166,18 @@ class WritingMixin:
         save: bool = True,
         **kwargs,
     ) -> str:
-        """Write the HTML of a page after an instruction, return it, and save it as `<task>.html`.
+        """Write the HTML of a page from an instruction, return it, and save it as `<task>.html`.
 
         Args:
             inst: what the page should be.
             image: pictures and videos as in `chat`.
             seed: as in `write_artical`.
-            task: the file's name, whose blanks become underscores.
+            task: the file's name; spaces become underscores.
             image_links: `"picsum"`, `"placehold"` or `"keep"`: where links to random pictures lead.
             output_dir: where the file goes, the working directory by default.
-            save: whether there is a file at all.
+            save: whether to write a file at all.
             kwargs: `hd_num` (24 by default), `tokenizer`, `infer_mode` and `meta_instruction`, and anything
-                that `generate` takes.
+                that `generate` accepts.
 
         Raises:
             ValueError, TypeError, OSError: anything wrong with the arguments or the directory, before any
@@ -201,9 +201,9 @@ class WritingMixin:
 
     @takes_arguments_of(write_webpage, task="Resume-to-Personal Page")
     def resume_2_webpage(self, inst, image, task, image_links, output_dir, save, **settings) -> str:
-        """Make a personal page of a resume in two steps, its HTML and then its JavaScript.
+        """Make a personal page from a resume in two steps, its HTML and then its JavaScript.
 
-        The arguments are those of `write_webpage`, but for these.
+        The arguments are those of `write_webpage`, except for these.
 
         Args:
             inst: the path of a Markdown file in UTF-8.
@@ -211,12 +211,12 @@ class WritingMixin:
             seed: set before each of the two steps.
 
         Raises:
-            ValueError, TypeError, OSError: as `write_webpage`, and for a file that can't be read.
+            ValueError, TypeError, OSError: as in `write_webpage`, and for a file that can't be read.
         """
         path = _plan_page(task, image_links, output_dir, save)
         settings |= {"image_links": "keep", "save": False}
         html = self.write_webpage(f"{PERSONAL_PAGE_PROMPT}{read_resume(inst)}", image, **settings)
-        # The answer is text, even where it happens to hold the mark of a picture.
+        # The answer is text, even if it happens to contain the mark of a picture.
         answer = self.write_webpage(f"{JAVASCRIPT_PROMPT}{html.replace(IMAGE_MARK, '')}", **settings)
         return _finish_page(merge_scripts(html, answer), image_links, path)
 
@@ -224,14 +224,14 @@ class WritingMixin:
     def screen_2_webpage(self, inst, image, **settings) -> str:
         """Write the HTML of a page that looks like a screenshot.
 
-        The arguments are those of `write_webpage`, but for these.
+        The arguments are those of `write_webpage`, except for these.
 
         Args:
             inst: ignored; the models know one instruction for this.
             image: the screenshot, as in `chat`.
 
         Raises:
-            ValueError, TypeError, OSError: as `write_webpage`, and where there is no picture.
+            ValueError, TypeError, OSError: as in `write_webpage`, and if there is no picture.
         """
         if image is None or (isinstance(image, list | tuple) and not image):
             raise ValueError("screen_2_webpage needs a picture; pass the screenshot as image")
@@ -283,14 +283,14 @@ class WritingMixin:
         return text.replace(END_OF_TURN, "").replace(BEGIN_OF_TURN, "")
 
 
-# ---- drawing ----
+# ---- sampling ----
 
 
 def answer_budget(num_prompt: int, max_length: int, max_new_tokens: int | None = None) -> int:
     """How many tokens an answer may have, where `max_length` counts prompt and answer.
 
     Raises:
-        ValueError: the prompt leaves nothing.
+        ValueError: the prompt leaves no room.
     """
     budget = max_length - num_prompt
     if budget < 1:
@@ -302,16 +302,16 @@ def answer_budget(num_prompt: int, max_length: int, max_new_tokens: int | None =
 
 
 def check_seed(seed: int) -> None:
-    """Raise unless the seed is -1 or what every generator takes."""
+    """Raise unless the seed is -1 or one that every generator accepts."""
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed must be an int, not {type(seed).__name__}")
     if seed != NO_SEED and not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be {NO_SEED} for none or lie in 0..{2**32 - 1}, not {seed}")
+        raise ValueError(f"seed must be {NO_SEED} for none, or in 0..{2**32 - 1}, not {seed}")
 
 
 @contextlib.contextmanager
 def seeded_generators(seed: int) -> Iterator[None]:
-    """Seed the torch generators that sampling draws from, and put their states back afterwards."""
+    """Seed the torch generators that sampling draws from, and restore their states afterwards."""
     if seed == NO_SEED:
         yield
         return
@@ -322,7 +322,7 @@ def seeded_generators(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded_accelerator(seed: int) -> Iterator[None]:
-    """The accelerator's part, if one is in use: seeding it before would take effect after the call."""
+    """The accelerator's part, if one is in use: seeding an unused one would take effect after the call."""
     kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     module = torch.get_device_module(kind)
     if kind == "cpu" or not getattr(module, "is_initialized", lambda: True)():
@@ -340,7 +340,7 @@ def _seeded_accelerator(seed: int) -> Iterator[None]:
 
 
 def _plan_page(task: str, image_links: str, output_dir: str | os.PathLike | None, save: bool) -> Path | None:
-    """Check the options of a page, and say where it goes if it is saved."""
+    """Check the options of a page, and return where it goes if it is saved."""
     check_image_links(image_links)
     return page_path(task, output_dir) if save else None
 
@@ -357,18 +357,19 @@ def _finish_page(page: str, image_links: str, path: Path | None) -> str:
 
 
 def page_path(task: str, output_dir: str | os.PathLike | None = None) -> Path:
-    """Where a task's page goes: `<task>.html`, blanks as underscores, in the working directory by default.
+    """Where a task's page goes: `<task>.html`, spaces as underscores, in the working directory by default.
 
     Raises:
         TypeError: the name is not a text.
         ValueError: the name is empty, too long, reserved, or could lead out of the directory.
-        OSError: the directory is missing or can't be written to, or a directory bears the file's name.
+        OSError: the directory is missing or can't be written to, or a directory has the file's name.
     """
     if not isinstance(task, str):
         raise TypeError(f"task must be a str, not {type(task).__name__}")
     if not task.strip(" .") or _FORBIDDEN.search(task) or task.split(".")[0].strip().upper() in _DEVICES:
         raise ValueError(
-            f"task {task!r:.80} can't name a file; use words without separators, and output_dir for the place"
+            f"task {task!r:.80} can't be a file name; use words without separators, and output_dir for the "
+            "directory"
         )
     name = f"{task.replace(' ', '_')}.html"
     num_bytes = len(name.encode("utf-8"))
@@ -381,7 +382,7 @@ def page_path(task: str, output_dir: str | os.PathLike | None = None) -> Path:
 
 
 def _writable_directory(output_dir: str | os.PathLike | None) -> Path:
-    """The absolute directory, after trying it with a file that leaves no trace."""
+    """The absolute directory, after testing it with a file that leaves no trace."""
     directory = Path.cwd() if output_dir is None else Path(output_dir).absolute()
     if not directory.exists():
         raise FileNotFoundError(f"output_dir {directory} does not exist; create it, or pass save=False")
@@ -392,7 +393,7 @@ def _writable_directory(output_dir: str | os.PathLike | None) -> Path:
     except OSError as error:
         raise OSError(
             error.errno,
-            "this directory can't be written to; pass another output_dir or save=False",
+            "this directory is not writable; pass another output_dir or save=False",
             directory,
         ) from error
     return directory
@@ -421,7 +422,7 @@ def read_resume(path: str | os.PathLike) -> str:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"inst must be the path of a Markdown file, not {type(path).__name__}")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no file {str(path)!r:.120}; inst is the path of a resume in Markdown")
+        raise FileNotFoundError(f"no file {str(path)!r:.120}; inst must be the path of a resume in Markdown")
     if (num_bytes := os.path.getsize(path)) > MAX_RESUME_BYTES:
         raise ValueError(f"{path} has {num_bytes} bytes, more than the limit of {MAX_RESUME_BYTES}")
     try:
@@ -429,7 +430,7 @@ def read_resume(path: str | os.PathLike) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from None
     if not text.strip():
-        raise ValueError(f"{path} is empty; it should hold a resume in Markdown")
+        raise ValueError(f"{path} is empty; it should contain a resume in Markdown")
     return text
 
 
@@ -437,13 +438,13 @@ def read_resume(path: str | os.PathLike) -> str:
 
 
 def check_image_links(service: str) -> None:
-    """Raise `ValueError` for a choice of picture service that doesn't exist."""
+    """Raise `ValueError` for a picture service that doesn't exist."""
     if service not in IMAGE_SERVICES:
-        raise ValueError(f"unknown image_links {service!r}; it is one of {', '.join(IMAGE_SERVICES)}")
+        raise ValueError(f"unknown image_links {service!r}; choose one of {', '.join(IMAGE_SERVICES)}")
 
 
 def rewrite_image_links(page: str, service: str = "picsum") -> str:
-    """Let links to random Unsplash pictures lead to another service, in the same size.
+    """Point links to random Unsplash pictures at another service, in the same size.
 
     Raises:
         ValueError: unknown service.
@@ -460,7 +461,7 @@ def merge_scripts(page: str, answer: str) -> str:
     """Put the JavaScript of an answer into a page.
 
     It goes to the end of the page's last script that holds code, else before `</html>`, else to the very end.
-    Scripts that only refer to a file stay elements of their own.
+    Scripts that only refer to a file stay separate elements.
     """
     found = list(_SCRIPT.finditer(answer))
     files = [
@@ -486,7 +487,7 @@ def join_scripts(bodies: list[str]) -> str:
 
 
 def _separated(before: str, code: str) -> str:
-    """Code that doesn't run into what stands before it, where that ends without a semicolon."""
+    """Code that doesn't run into what comes before it, if that ends without a semicolon."""
     before = before.rstrip()
     return f";\n{code}" if before and not before.endswith(";") and code[0] in "([`+-/" else code
 
@@ -506,12 +507,12 @@ def _last_code(page: str) -> tuple[str, re.Match | None]:
 
 
 def _end_of_page(page: str) -> int:
-    """Where the last `</html>` stands, or the end."""
+    """Where the last `</html>` is, or the end."""
     return max((match.start() for match in _PAGE_END.finditer(page)), default=len(page))
 
 
 def _insert(page: str, text: str, position: int) -> str:
-    """Text on lines of its own at a position."""
+    """Insert text on its own lines at a position."""
     if not text:
         return page
     before, after = page[:position], page[position:]
@@ -520,6 +521,6 @@ def _insert(page: str, text: str, position: int) -> str:
 
 
 def _unfence(answer: str) -> str:
-    """The inside of Markdown fences, or the whole answer where there are none."""
+    """The inside of Markdown fences, or the whole answer if there are none."""
     blocks = _FENCED.findall(answer)
     return join_scripts(blocks) if blocks else answer

@@ -1,11 +1,11 @@
-"""Several conversations at once against the same ones in turn.
+"""Several conversations at once, compared with the same ones one by one.
 
     python benchmarks/batch.py --size nano --threads 2
     python benchmarks/batch.py --size medium --conversations 1 4 --new-tokens 16
 
-Each conversation is a question about a picture of its own, greedy. Together they go through
+Each conversation is a question about its own picture, with greedy decoding. Together they go through
 `model.batch_chat`; the naive way asks them one after the other, each with the optimisations of a single
-question, so that the ratio shows what the batch brings and nothing else. The last line is JSON.
+question, so that the ratio shows the gain from batching and nothing else. The last line is JSON.
 """
 
 import argparse
@@ -18,7 +18,7 @@ QUESTION = "What does the picture show?"
 def measure(
     conversations: int, mode: str, num_new: int, repeats: int, size: str, device: str, dtype: str
 ) -> dict:
-    """So many conversations in one way: a row of the table."""
+    """This many conversations in one mode: a row of the table."""
     model = common.build_model(size, adapters=False, device=device, dtype=dtype)
     tokenizer = common.load_tokenizer()
     pictures = [common.picture_for(size, number) for number in range(conversations)]

@@ -3,11 +3,11 @@
     python benchmarks/chat_turns.py
     python benchmarks/chat_turns.py --tiles 15 --turns 2 --beams 1
 
-Every turn is one call of `chat` with the same picture and the history that the turn before returned, greedy,
-with a fixed number of new tokens. The first token counts everything before it: preparing the picture, the
-tower and the prefill. The naive way passes `reuse=False` and a plain history, so that every turn begins from
-nothing, expands beams before the prefill, materialises attention and computes logits everywhere. The last
-line is JSON.
+Every turn is one call of `chat` with the same picture and the history that the previous turn returned, with
+greedy decoding and a fixed number of new tokens. The first token counts everything before it: preparing the
+picture, the tower and the prefill. The naive way passes `reuse=False` and a plain history, so that every turn
+starts from scratch, expands beams before the prefill, materialises attention and computes logits everywhere.
+The last line is JSON.
 """
 
 import argparse
@@ -25,7 +25,7 @@ QUESTIONS = (
 
 
 def measure(turns: int, beams: int, mode: str, tiles: int, num_new: int, size: str, device: str, dtype: str):
-    """A conversation in one way: seconds to the first token and altogether, turn by turn."""
+    """A conversation in one mode: seconds to the first token and in total, turn by turn."""
     naive = mode == "naive"
     model = common.build_model(size, naive=naive, device=device, dtype=dtype)
     tokenizer = common.load_tokenizer()
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     result = common.parser(__doc__)
     result.add_argument("--turns", type=int, default=5)
     result.add_argument("--beams", type=int, nargs="*", default=[1, 3])
-    result.add_argument("--tiles", type=int, default=6, help="local tiles that the picture may be cut into")
+    result.add_argument("--tiles", type=int, default=6, help="the most local tiles of the picture")
     result.add_argument("--new-tokens", type=int, default=8)
     return result.parse_args()
 

@@ -80,7 +80,7 @@ SIZES = {
 
 
 def load_tokenizer():
-    """Nano's tokenizer, whose pieces are the first of every random model here."""
+    """Nano's tokenizer, whose pieces are the first ones of every random model here."""
     return AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
 
 
@@ -116,7 +116,7 @@ def build_model(
     torch.manual_seed(0)
     model = InternLMXComposer2ForCausalLM(config).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
-        if name.endswith("_B.weight"):  # new ones are zeros, which is no usual weight
+        if name.endswith("_B.weight"):  # new ones are zeros, which is not a usual weight
             torch.nn.init.normal_(weight, std=0.02)
     model.output.weight[len(load_tokenizer()) :] = 0
     return model.to(device, getattr(torch, dtype))
@@ -132,7 +132,7 @@ def draw_picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def naive_chat() -> dict:
-    """Arguments of `chat` with which nothing is reused, beams come before the prefill, and all logits too."""
+    """Arguments of `chat` that reuse nothing, expand beams before the prefill, and compute all logits."""
     return {"reuse": False, "cache_implementation": "dynamic", "logits_to_keep": 0}
 
 
@@ -157,13 +157,13 @@ def bare_prompt(model, grid: tuple[int, int]) -> dict:
 
 
 def synchronise(device: str) -> None:
-    """Wait for the device, whose kernels run on after Python has gone on."""
+    """Wait for the device, whose kernels keep running after Python has moved on."""
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
 
 
 class Marks(LogitsProcessor):
-    """Changes nothing; notes when each new token can be chosen, with or without beams."""
+    """Changes nothing; records when each new token can be chosen, with or without beams."""
 
     def __init__(self, device: str) -> None:
         self.device, self.start, self.times = device, time.perf_counter(), []
@@ -185,18 +185,18 @@ class Marks(LogitsProcessor):
 
 
 def to_digits(value: float, digits: int = 3) -> float:
-    """`value` with as many significant digits, so that little of something is never none of it."""
+    """`value` with this many significant digits, so that a small value is never shown as zero."""
     return float(f"{value:.{digits}g}")
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Median, least and most, in seconds."""
+    """Median, minimum and maximum, in seconds."""
     values = {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
     return {name: round(value, 5) for name, value in values.items()}
 
 
 def repeat(function: Callable[[], object], times: int, device: str = "cpu") -> dict[str, float]:
-    """The spread of `times` calls after one that warms up."""
+    """The spread of `times` calls after one warm-up call."""
     seconds = []
     for _ in range(times + 1):
         start = time.perf_counter()
@@ -207,7 +207,7 @@ def repeat(function: Callable[[], object], times: int, device: str = "cpu") -> d
 
 
 def peak_memory(device: str = "cpu") -> float:
-    """The most memory that this process has held, in GB: of the device, or of the machine."""
+    """The peak memory of this process in GB: of the device, or of the machine."""
     if str(device).startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
@@ -226,7 +226,7 @@ def _call(function: Callable[..., dict], threads: int, arguments: dict) -> dict:
 
 
 def measure_apart(function: Callable[..., dict], options: argparse.Namespace, **arguments) -> dict:
-    """What `function` returns, and its peak memory, from a process of its own unless told otherwise."""
+    """What `function` returns, and its peak memory, from a separate process unless told otherwise."""
     threads = options.threads
     if options.same_process:
         return _call(function, threads, arguments)
@@ -238,7 +238,7 @@ def measure_apart(function: Callable[..., dict], options: argparse.Namespace, **
 def measure_all(
     function: Callable[..., dict], cases: Iterable[dict], options: argparse.Namespace
 ) -> list[dict]:
-    """A row for each case, the arguments of `function`, shown as soon as it is there."""
+    """A row for each case, which holds the arguments of `function`, printed as soon as it is measured."""
     rows = []
     for case in cases:
         rows.append(measure_apart(function, options, **case))
@@ -292,7 +292,7 @@ def machine(arguments: argparse.Namespace) -> dict:
 
 
 def parser(description: str, **defaults) -> argparse.ArgumentParser:
-    """What every benchmark can be told."""
+    """The options that all benchmarks share."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     result.add_argument("--size", default=defaults.get("size", "medium"), choices=[*SIZES, "nano"])
     result.add_argument("--threads", type=int, default=defaults.get("threads", 1))
@@ -303,23 +303,23 @@ def parser(description: str, **defaults) -> argparse.ArgumentParser:
         "--naive",
         choices=["both", "only", "off"],
         default="both",
-        help="measure with this package's optimisations switched off: besides (default), alone, or not",
+        help="measure with this package's optimisations switched off: too (default), only, or not",
     )
     result.add_argument(
         "--same-process",
         action="store_true",
-        help="start no process for each row: quicker, but peak memory is then that of all rows so far",
+        help="don't start a process for each row: faster, but peak memory is then that of all rows so far",
     )
     return result
 
 
 def modes(arguments: argparse.Namespace) -> list[str]:
-    """Which of the two ways are measured."""
+    """Which of the two modes are measured."""
     return {"both": ["ours", "naive"], "only": ["naive"], "off": ["ours"]}[arguments.naive]
 
 
 def model_options(arguments: argparse.Namespace) -> dict:
-    """What `build_model` and `measure_apart` need to know of the command line."""
+    """What `build_model` and `measure_apart` need from the command line."""
     return {"size": arguments.size, "device": arguments.device, "dtype": arguments.dtype}
 
 
@@ -337,7 +337,7 @@ def begin(name: str, arguments: argparse.Namespace) -> dict:
 
 
 def print_row(row: dict) -> None:
-    """One line of what was measured; times as median and spread."""
+    """One line of measurements; times as median and spread."""
     print("  ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
 
 
@@ -348,7 +348,7 @@ def _shown(value) -> str:
 
 
 def ratios(rows: list[dict], by: tuple[str, ...], of: tuple[str, ...]) -> list[dict]:
-    """How many times as much the naive way takes, for rows that agree in `by`."""
+    """How many times as much the naive way needs, for rows that agree in `by`."""
     ours = {tuple(row[key] for key in by): row for row in rows if row["mode"] == "ours"}
     found = []
     for row in rows:

@@ -1,10 +1,10 @@
-"""The most memory that a question about a picture takes, with all task adapters and with none.
+"""The peak memory of a question about a picture, with all task adapters and with none.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --tiles 15 --naive off
 
-Each row is one call of `chat` in a process of its own; the model's part is what its weights take. The naive
-way has all adapters, attention materialised and logits at every position. The last line is JSON.
+Each row is one call of `chat` in a separate process; `model_gb` is the size of the weights. The naive way has
+all adapters, attention materialised and logits at every position. The last line is JSON.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def measure(tiles: int, adapters: bool, mode: str, size: str, device: str, dtype
 
 def parse_arguments() -> argparse.Namespace:
     result = common.parser(__doc__)
-    result.add_argument("--tiles", type=int, nargs="*", default=[1, 6, 15], help="local tiles at most")
+    result.add_argument("--tiles", type=int, nargs="*", default=[1, 6, 15], help="the most local tiles")
     return result.parse_args()
 
 

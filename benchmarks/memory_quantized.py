@@ -3,13 +3,13 @@
     python benchmarks/memory_quantized.py
     python benchmarks/memory_quantized.py --model . --quantizations none nf4
 
-Every row is measured in a process of its own, forked once the libraries are imported. By default the model
-is random: a decoder as deep and wide as --layers and --hidden say, on a small tower, because nano's weights
-of 4 MB vanish beside what a run needs anyway.
+Every row is measured in a separate process, forked once the libraries are imported. By default the model is
+random: a decoder as deep and wide as --layers and --hidden say, on a small tower, because nano's 4 MB of
+weights are negligible compared with what a run needs anyway.
 
 - weights: bytes of all tensors in memory after loading, the quantiser's scales and tables included;
-- peak, quantising: the most memory that was resident (VmHWM) while the weights were loaded and quantised and
-  the question was answered, less what the process held after the imports;
+- peak, quantising: the peak resident memory (VmHWM) while the weights were loaded and quantised and the
+  question was answered, minus what the process held after the imports;
 - peak, read back: the same for the quantised model, saved and loaded again. A dash: it can't be saved.
 
 Pages of the checkpoint's file count while they are mapped.
@@ -67,7 +67,7 @@ def write_random_model(folder: str, arguments: argparse.Namespace) -> None:
 
 
 def resident_bytes(field: str) -> int:
-    """Of this process: `VmRSS` now, `VmHWM` at most so far."""
+    """Of this process: `VmRSS` now, `VmHWM` the peak so far."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -99,7 +99,7 @@ def measure(
     peak = resident_bytes("VmHWM")
     weights = sum(tensor_bytes(tensor) for tensor in model.state_dict().values())
     if save_in is not None:
-        with suppress(ValueError):  # torchao's layout for CPUs has no form in a file
+        with suppress(ValueError):  # torchao's layout for CPUs can't be saved
             model.save_pretrained(save_in)
     return {"weights": weights, "peak_loading": loaded - before, "peak": peak - before, "imports": before}
 
@@ -114,7 +114,7 @@ def measure_both(folder: str, quantization: str, arguments: argparse.Namespace) 
 
 
 def forked(function: Callable, *args) -> object:
-    """What a function returns in a process of its own.
+    """What a function returns in a separate process.
 
     Raises:
         RuntimeError: the process died.
@@ -127,13 +127,13 @@ def forked(function: Callable, *args) -> object:
     try:
         return receiver.recv()
     except EOFError:
-        raise RuntimeError(f"{function.__name__} died; its error stands above") from None
+        raise RuntimeError(f"{function.__name__} died; see its error above") from None
     finally:
         process.join()
 
 
 def import_quantisers() -> None:
-    """Let every row's process start with the same libraries in memory."""
+    """Make every row's process start with the same libraries in memory."""
     for name in ("bitsandbytes", "torchao.quantization"):
         try:
             __import__(name)

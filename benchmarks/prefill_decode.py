@@ -4,11 +4,11 @@
     python benchmarks/prefill_decode.py --tiles 2x3 --naive off --compile
 
 Prefill is the time to the first token of a prompt of embeddings, decode the time of each later one. Both are
-held against what the machine can do: prefill against the rate of one large matrix product, counting products
-that are needed only (low-rank ones on image tokens, attention below the diagonal, the head on one position),
-decode against the rate of reading memory, counting each weight and each cached key and value once. The naive
-way has attention materialised, logits at every position and a cache that is concatenated. The last line is
-JSON.
+compared with what the machine can do: prefill with the rate of one large matrix product, counting only
+products that are needed (low-rank ones on image tokens, attention below the diagonal, the head on one
+position), decode with the rate of reading memory, counting each weight and each cached key and value once.
+The naive way has attention materialised, logits at every position and a cache that is concatenated. The last
+line is JSON.
 """
 
 import argparse
@@ -24,7 +24,7 @@ MOST_NAIVE_TILES = 15
 
 
 def decoder_weights(model) -> tuple[int, int]:
-    """How many weights act on every token, and how many on image tokens besides; the head left out."""
+    """How many weights act on every token, and how many more on image tokens; without the head."""
     plain = low_rank = 0
     for name, weight in model.model.layers.named_parameters():
         plain += weight.numel() if ".linear." in name else 0
@@ -33,7 +33,7 @@ def decoder_weights(model) -> tuple[int, int]:
 
 
 def useful_products(model, num_tokens: int, num_image_tokens: int) -> float:
-    """GFLOP that the prefill of one prompt cannot do without."""
+    """The least GFLOP that the prefill of one prompt needs."""
     text = model.config.text_config
     plain, low_rank = decoder_weights(model)
     attention = text.num_hidden_layers * text.hidden_size * num_tokens * (num_tokens + 1)
@@ -42,7 +42,7 @@ def useful_products(model, num_tokens: int, num_image_tokens: int) -> float:
 
 
 def attention_seconds(model, num_tokens: int, repeats: int) -> float:
-    """What attention alone takes in the prefill of so many tokens, which grows with their square."""
+    """The time of attention alone in the prefill of this many tokens; it grows with their square."""
     text, weight = model.config.text_config, model.output.weight
     query = torch.randn(1, text.num_attention_heads, num_tokens, text.head_dim).to(weight)
     key, value = (query[:, : text.num_key_value_heads].contiguous() for _ in range(2))
@@ -54,7 +54,7 @@ def attention_seconds(model, num_tokens: int, repeats: int) -> float:
 
 
 def bytes_read(model, num_tokens: int) -> float:
-    """GB that one step of decoding has to read after `num_tokens` tokens."""
+    """GB that one decoding step must read after `num_tokens` tokens."""
     text = model.config.text_config
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * num_tokens
     weights = decoder_weights(model)[0] + model.output.weight.numel()
@@ -62,7 +62,7 @@ def bytes_read(model, num_tokens: int) -> float:
 
 
 def generate(model, inputs: dict, num_new: int, mode: str) -> common.Marks:
-    """Generate `num_new` tokens in one of the ways, and say when each came."""
+    """Generate `num_new` tokens in one of the modes, and return when each came."""
     marks = common.Marks(inputs["inputs_embeds"].device)
     settings = {"max_new_tokens": num_new, "min_new_tokens": num_new, "do_sample": False}
     if mode == "naive":
@@ -75,7 +75,7 @@ def generate(model, inputs: dict, num_new: int, mode: str) -> common.Marks:
 
 
 def measure(grid: tuple[int, int], mode: str, num_new: int, repeats: int, size: str, device: str, dtype: str):
-    """One prompt in one way: a row of the table."""
+    """One prompt in one mode: a row of the table."""
     model = common.build_model(size, naive=mode == "naive", adapters=False, device=device, dtype=dtype)
     inputs = common.bare_prompt(model, grid)
     num_tokens, num_image_tokens = inputs["im_mask"].shape[1], int(inputs["im_mask"].sum())
@@ -105,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     result.add_argument("--tiles", nargs="*", default=GRIDS, help="rows x columns of local tiles")
     result.add_argument("--new-tokens", type=int, default=16)
     result.add_argument(
-        "--naive-tiles", type=int, default=MOST_NAIVE_TILES, help="no more than so many naively"
+        "--naive-tiles", type=int, default=MOST_NAIVE_TILES, help="the most tiles in the naive way"
     )
     result.add_argument("--compile", action="store_true", help="measure static cache and torch.compile, too")
     return result.parse_args()

@@ -1,12 +1,11 @@
-"""How fast files of pictures become tiles, and how fast a long video is sampled.
+"""How fast pictures become tiles, and how fast a long video is sampled.
 
     python benchmarks/preprocess.py --threads 1
     python benchmarks/preprocess.py --threads 2 --pictures 1 8 --minutes 60
 
-Pictures are decoded from PNG beforehand, as `chat` gets them, then resized, padded, normalised and cut. The
-naive way normalises a whole picture at once, cuts it afterwards and takes one picture after the other. Of a
-video (which needs PyAV) 32 frames are read; the naive way converts every frame on the way. The last line is
-JSON.
+Pictures are decoded beforehand, as `chat` gets them, then resized, padded, normalised and cut. The naive way
+normalises a whole picture at once, cuts it afterwards and takes one picture after the other. 32 frames of a
+video are read (which needs PyAV); the naive way converts every frame on the way. The last line is JSON.
 """
 
 import argparse
@@ -43,7 +42,7 @@ def prepare_naively(pictures: list, tile_size: int, hd_num: int) -> tuple[torch.
 
 
 def measure_pictures(pictures: int, tiles: int, mode: str, repeats: int, size: str) -> dict:
-    """So many pictures in one way: a row of the table."""
+    """This many pictures in one mode: a row of the table."""
     config = common.build_config(size)
     drawn = [common.picture_for(size, number) for number in range(pictures)]
     visuals = [Visual(image=picture) for picture in drawn]
@@ -55,7 +54,7 @@ def measure_pictures(pictures: int, tiles: int, mode: str, repeats: int, size: s
 
 
 def write_video(path: Path, minutes: float, side: int = 64) -> None:
-    """A film of grey noise with a keyframe every 20 frames."""
+    """A video of grey noise with a keyframe every 20 frames."""
     import av
 
     rng = np.random.default_rng(0)
@@ -69,7 +68,7 @@ def write_video(path: Path, minutes: float, side: int = 64) -> None:
 
 
 def load_video_naively(path: Path) -> list:
-    """The sampled frames of a video, every frame of it decoded and converted."""
+    """The sampled frames of a video, with every frame decoded and converted."""
     import av
 
     with av.open(str(path)) as container:
@@ -79,9 +78,9 @@ def load_video_naively(path: Path) -> list:
 
 
 def measure_video(minutes: float, mode: str, repeats: int) -> dict:
-    """A film in one way: a row of the table."""
+    """A video in one mode: a row of the table."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "film.mp4"
+        path = Path(folder) / "video.mp4"
         write_video(path, minutes)
         load = load_video if mode == "ours" else load_video_naively
         seconds = common.repeat(lambda: load(path), repeats)
@@ -91,9 +90,9 @@ def measure_video(minutes: float, mode: str, repeats: int) -> dict:
 def parse_arguments() -> argparse.Namespace:
     result = common.parser(__doc__, threads=2)
     result.add_argument("--pictures", type=int, nargs="*", default=[1, 8])
-    result.add_argument("--tiles", type=int, default=6, help="local tiles that a picture may be cut into")
+    result.add_argument("--tiles", type=int, default=6, help="the most local tiles of a picture")
     result.add_argument(
-        "--minutes", type=float, nargs="*", default=[60.0], help="of video; none to leave it out"
+        "--minutes", type=float, nargs="*", default=[60.0], help="of video; no value leaves it out"
     )
     return result.parse_args()
 
@@ -111,8 +110,8 @@ def main() -> None:
         ],
         arguments,
     )
-    films = [{"minutes": minutes, **way} for minutes in arguments.minutes for way in ways]
-    rows += common.measure_all(measure_video, films, arguments)
+    videos = [{"minutes": minutes, **way} for minutes in arguments.minutes for way in ways]
+    rows += common.measure_all(measure_video, videos, arguments)
     common.finish(report, rows, common.ratios(rows, ("of", "number"), ("time", "peak_gb")))
 
 

@@ -1,7 +1,7 @@
 """Run all benchmarks at medium size and write RESULTS.md and cost.png beside them.
 
     python benchmarks/report.py            # runs everything, which takes about an hour on one core
-    python benchmarks/report.py --render   # only writes the files again, from results.json
+    python benchmarks/report.py --render   # only rewrites the files, from results.json
 
 Each command's last line, its JSON, is kept in results.json. The plot needs matplotlib.
 """
@@ -129,11 +129,11 @@ def draw_plot(report: dict, path: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "--render", action="store_true", help="run nothing, write the files from results.json"
+        "--render", action="store_true", help="run nothing; write the files from results.json"
     )
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the files")
     parser.add_argument(
-        "--only", nargs="*", help="run these commands and leave the others' results as they are"
+        "--only", nargs="*", help="run only these commands and keep the results of the others"
     )
     parser.add_argument("extra", nargs="*", help="options for every benchmark, after --")
     return parser.parse_args()

@@ -3,9 +3,9 @@
     python benchmarks/vision.py
     python benchmarks/vision.py --tiles 2x3 --pictures 1 4 --repeated
 
-Every picture has a global view besides its local tiles. The naive way takes one tile at a time through
-attention that is materialised. `--repeated` shows the same picture again and again, which is encoded once.
-The last line is JSON.
+Every picture has a global view besides its local tiles. The naive way passes one tile at a time through
+materialised attention. `--repeated` shows the same picture again and again, which is encoded once. The last
+line is JSON.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def random_tiles(model, grid: tuple[int, int], num_pictures: int, repeated: bool
 
 
 def encode_one_by_one(model, tiles: torch.Tensor, grids: torch.Tensor) -> list[torch.Tensor]:
-    """What `get_image_features` computes, without batches and once more for each repetition."""
+    """What `get_image_features` computes, without batches and again for each repetition."""
     features = torch.cat([model.vit.encode_tiles(tile) for tile in tiles.split(1)])
     pieces = model.vit.assemble(features, grids.tolist(), model.plora_glb_GN, model.plora_sub_GN)
     return [model.vision_proj(piece) for piece in pieces]
@@ -40,7 +40,7 @@ def measure(
     device: str,
     dtype: str,
 ) -> dict:
-    """Some pictures in one way: a row of the table."""
+    """Some pictures in one mode: a row of the table."""
     model = common.build_model(size, naive=mode == "naive", adapters=False, device=device, dtype=dtype)
     tiles, grids = random_tiles(model, grid, num_pictures, repeated)
     encode = model.get_image_features if mode == "ours" else lambda *given: encode_one_by_one(model, *given)

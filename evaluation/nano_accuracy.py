@@ -1,12 +1,12 @@
-"""How often nano answers exactly right, for each of its abilities, on pictures that training never drew.
+"""How often nano is exactly right, for each of its abilities, on pictures that training never drew.
 
     python evaluation/nano_accuracy.py --samples 300
 
 Every picture is drawn with held-back words, numbers, fonts, sizes and positions (a single character cannot
 be held back as a string: only its font, size and place are new), written to a file, half of them PNG and
-half JPEG, videos as MP4, and asked about through `chat` with greedy decoding. Small print is read twice, by
-`hd_num=9` and, in the row "small, one tile", by `hd_num=1` from the same files. Of follow-up questions the
-second and third are counted, with the history of those before. "web" and "write" go through `write_webpage`
+half JPEG, videos as MP4, and asked about through `chat` with greedy decoding. Small print is read twice, with
+`hd_num=9` and, in the row "small, one tile", with `hd_num=1` from the same files. Of follow-up questions the
+second and third count, with the history of the previous ones. "web" and "write" go through `write_webpage`
 and `write_artical`. The last line is JSON.
 """
 
@@ -71,7 +71,7 @@ def write_pictures(sample: Sample, folder: Path, name: str, rng: random.Random) 
 
 
 def detail(sample: Sample, turn: int) -> str:
-    """What the breakdown is by: the answer's length for text, how many pictures, the answer itself."""
+    """What a sample is broken down by: the answer's length for text, how many pictures, the answer itself."""
     answer = sample.turns[turn][1]
     if sample.ability in READING:
         return f"{len(answer)} characters"
@@ -85,7 +85,7 @@ def detail(sample: Sample, turn: int) -> str:
 
 
 def ask(model, tokenizer, sample: Sample, paths: list[str] | None, hd_num: int) -> list[str]:
-    """The answers to all turns, each with the history of those before."""
+    """The answers to all turns, each with the history of the previous ones."""
     history, answers = [], []
     for question, _ in sample.turns:
         answer, history = model.chat(
@@ -118,7 +118,7 @@ def measure(
 
 
 def measure_writing(model, tokenizer, ability: str, arguments: argparse.Namespace) -> list[bool]:
-    """Whether pages, or articles, come out as asked."""
+    """Whether pages, or articles, are exactly as requested."""
     rng, rights = random.Random(f"{arguments.seed} {ability}"), []
     settings = {"tokenizer": tokenizer, "do_sample": False, "repetition_penalty": 1.0, "num_beams": 1}
     for _ in range(arguments.samples):

@@ -1,4 +1,4 @@
-"""Questions about the pictures in this folder, answered by the small checkpoint that lies in this repository.
+"""Questions about the pictures in this folder, answered by the small checkpoint in this repository.
 
 python examples/demo.py
 """
@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PAIR = " Picture 1: <ImageHere>; picture 2: <ImageHere>"
-QUESTIONS = [  # pictures, what is asked about them, and into how many tiles each may be cut
+QUESTIONS = [  # pictures, a question about them, and how many tiles each may be cut into
     (["number.png"], "What number is printed in the picture?", 1),
     (["word.jpg"], "What word is printed in the picture?", 1),
     (["receipt.png"], "What is the total?", 1),

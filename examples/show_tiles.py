@@ -1,4 +1,4 @@
-"""Draw what a model reads of a picture or a video: its tiles with their numbers, and the global view.
+"""Draw what a model sees of a picture or a video: its tiles with their numbers, and the global view.
 
 python examples/show_tiles.py examples/number.png --hd-num 9 --out tiles.png
 """
@@ -23,14 +23,14 @@ LABEL = {"color": "tab:red", "va": "top", "bbox": {"color": "white", "pad": 1.5}
 
 
 def show_tiles(media, config, hd_num: int | None = None) -> Figure:
-    """Draw one picture or video, as `chat` takes it, in the way the model cuts it.
+    """Draw one picture or video, passed as in `chat`, the way the model cuts it.
 
     Args:
-        config: the model's configuration; it says how large tiles are and how they are laid.
-        hd_num: into how many local tiles a picture may be cut, `config.hd_num` by default.
+        config: the model's configuration; it says how large tiles are and how they are laid out.
+        hd_num: how many local tiles a picture may be cut into, `config.hd_num` by default.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: as `chat` for a picture that it can't read.
+        ValueError, TypeError, FileNotFoundError: as in `chat` for a picture that it can't read.
     """
     hd_num = config.hd_num if hd_num is None else check_hd_num(hd_num)
     visuals = as_visuals(media, config)

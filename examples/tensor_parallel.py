@@ -1,8 +1,8 @@
-"""A question to one model that several processes share, each with a part of every layer of the decoder.
+"""Ask a model that several processes share, each with a part of every layer of the decoder.
 
 torchrun --nproc-per-node 2 examples/tensor_parallel.py
 
-With GPUs there is one process for each; without, they compute on the CPU. All of them make the same calls.
+With GPUs, there is one process for each; without, they run on the CPU. All of them make the same calls.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the training command takes, with its defaults, and which combinations make no sense."""
+"""The arguments of the training command, with their defaults, and which combinations make no sense."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +12,9 @@ from .dataset import PROMPTS, TOO_LONG
 WAYS = ("full", "plora", "adapter", "lora")
 QUANTIZATIONS = ("none", "nf4", "int8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FINAL = "final"  # below the output directory: the finished model or adapter
+FINAL = "final"  # in the output directory: the finished model or adapter
 
-# The linears that LoRA is put on, under their published names.
+# The linears that get LoRA, under their published names.
 LORA_TARGETS = (
     "attention.wqkv",
     "attention.wo",
@@ -32,19 +32,19 @@ class ModelArguments:
     train: str = field(
         default="full",
         metadata={
-            "help": "'full' (decoder and Partial LoRA), 'plora' (Partial LoRA alone), 'adapter' (the task "
+            "help": "'full' (decoder and Partial LoRA), 'plora' (only Partial LoRA), 'adapter' (the task "
             "adapters of --infer_mode) or 'lora' (new low-rank weights on the decoder)."
         },
     )
     use_lora: bool = field(default=False, metadata={"help": "The published way to say --train lora."})
     fix_vit: bool | None = field(
-        default=None, metadata={"help": "Freeze the vision tower; so by default in every way of training."}
+        default=None, metadata={"help": "Freeze the vision tower; the default with every --train."}
     )
     fix_sampler: bool | None = field(
         default=None,
         metadata={
-            "help": "Freeze the projector and the newline vectors; by default they train with --train full "
-            "alone. With LoRA the projector can be trained too and is saved in the adapter."
+            "help": "Freeze the projector and the newline vectors; by default they train only with --train "
+            "full. With LoRA, the projector can be trained too and is saved in the adapter."
         },
     )
     infer_mode: str = field(
@@ -53,14 +53,14 @@ class ModelArguments:
     quantize: str = field(
         default="none",
         metadata={
-            "help": "Quantise the frozen decoder under LoRA: 'nf4' (QLoRA) or 'int8', by bitsandbytes."
+            "help": "Quantise the frozen decoder under LoRA: 'nf4' (QLoRA) or 'int8', with bitsandbytes."
         },
     )
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Type of the weights; auto: float32 where they train (computed in bfloat16 with --bf16), "
-            "under LoRA the type that is computed in."
+            "help": "Type of the weights; auto: float32 if they train (computed in bfloat16 with --bf16), or "
+            "the type of the computation under LoRA."
         },
     )
     attn_implementation: str | None = field(
@@ -86,72 +86,72 @@ class DataArguments:
     """The conversations, and how their pictures are cut."""
 
     data_path: list[str] = field(
-        metadata={"help": "JSON or JSONL files, and data.txt files that list several with their counts."}
+        metadata={"help": "JSON or JSONL files, or data.txt files that list several with their counts."}
     )
     media_root: str | None = field(
         default=None,
-        metadata={"help": "What paths of pictures are relative to; their file's folder by default."},
+        metadata={"help": "What picture paths are relative to; the data file's folder by default."},
     )
     ignore_keys: list[str] = field(
-        default_factory=list, metadata={"help": "Keys of rows that may be there and mean nothing here."}
+        default_factory=list, metadata={"help": "Keys of rows to allow and ignore."}
     )
     hd_num: int | None = field(
-        default=None, metadata={"help": "Local tiles of a picture at most; the checkpoint's own by default."}
+        default=None, metadata={"help": "The most local tiles of a picture; the checkpoint's by default."}
     )
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens of a row at most, its pictures' included; the checkpoint's own by default."
+            "help": "The most tokens of a row, including those of its pictures; the checkpoint's by default."
         },
     )
     too_long: str = field(
-        default="error", metadata={"help": "What becomes of longer rows: 'error', or 'cut' at their end."}
+        default="error", metadata={"help": "What happens to longer rows: 'error', or 'cut' at their end."}
     )
     layout: str = field(
         default="inference",
-        metadata={"help": "How prompts and pictures are laid out: 'inference' as chat does, or 'training'."},
+        metadata={"help": "How prompts and pictures are laid out: 'inference', as in chat, or 'training'."},
     )
     packing: bool = field(
         default=False,
-        metadata={"help": "Fill sequences of max_length with several rows, exactly apart."},
+        metadata={"help": "Fill sequences of max_length with several rows, kept exactly separate."},
     )
     check_data: bool = field(
-        default=True, metadata={"help": "Look through all rows, without decoding pictures, before the start."}
+        default=True, metadata={"help": "Check all rows, without decoding pictures, before the start."}
     )
 
 
 @dataclass
 class TrainArguments(TrainingArguments):
-    """Those of transformers' `Trainer`, with other defaults and a few of our own."""
+    """Those of transformers' `Trainer`, with different defaults and a few of our own."""
 
     output_dir: str | None = field(default="output/finetune", metadata={"help": "Where everything goes."})
     report_to: list[str] | str | None = field(
         default="tensorboard",
         metadata={"help": "Where curves are logged: 'tensorboard', 'wandb', 'mlflow', ..., or 'none'."},
     )
-    learning_rate: float = field(default=1e-5, metadata={"help": "The peak; LoRA takes about 5e-5 to 2e-4."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Of all weights but biases and norms."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "The peak; for LoRA about 5e-5 to 2e-4."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Of all weights except biases and norms."})
     adam_beta2: float = field(default=0.95, metadata={"help": "As in the published training."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate decays."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes through the data."})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Rows of a step on a device."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Rows per step and device."})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "The same for evaluation."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept to resume from."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep for resuming."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this off."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Leave this on."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Not needed: every trained weight takes part in every step."}
     )
     vit_learning_rate: float | None = field(
-        default=None, metadata={"help": "The tower's own peak, where it trains; usually the smaller one."}
+        default=None, metadata={"help": "The tower's own peak, if it trains; usually the smaller one."}
     )
     eval_data: list[str] = field(
-        default_factory=list, metadata={"help": "Held-back rows, in the forms of data_path."}
+        default_factory=list, metadata={"help": "Held-out rows, in the formats of data_path."}
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Stop after so many evaluations without a better loss; keep the best."},
+        metadata={"help": "Stop after this many evaluations without a better loss; keep the best."},
     )
 
     def __post_init__(self) -> None:
@@ -168,20 +168,20 @@ class TrainArguments(TrainingArguments):
 
 
 def check_arguments(model: ModelArguments, data: DataArguments, training: TrainArguments) -> None:
-    """Refuse what can't work before anything is loaded.
+    """Reject what can't work before anything is loaded.
 
     Raises:
         ValueError: an unknown value, or two that contradict each other.
-        FileNotFoundError: a data file isn't there.
+        FileNotFoundError: a data file doesn't exist.
         FileExistsError: the output directory holds another run.
-        ImportError: TensorBoard is asked for and isn't installed.
+        ImportError: TensorBoard is requested but not installed.
     """
     _check_choices(model, data)
     _check_model(model, training)
     _check_training(training)
     for path in (*data.data_path, *training.eval_data):
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is no file; name a JSON, a JSONL or a data.txt")
+            raise FileNotFoundError(f"{path} is not a file; pass a JSON, a JSONL or a data.txt file")
     _check_output(training)
 
 
@@ -195,7 +195,7 @@ def _check_choices(model: ModelArguments, data: DataArguments) -> None:
         ("too_long", data.too_long, TOO_LONG),
     ):
         if value not in known:
-            raise ValueError(f"--{name} is one of {', '.join(known)}, not {value!r}")
+            raise ValueError(f"--{name} must be one of {', '.join(known)}, not {value!r}")
     for name, value in (("max_length", data.max_length), ("hd_num", data.hd_num), ("lora_r", model.lora_r)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be a positive number, not {value}")
@@ -205,23 +205,23 @@ def _check_choices(model: ModelArguments, data: DataArguments) -> None:
 
 def _check_model(model: ModelArguments, training: TrainArguments) -> None:
     if model.use_lora and model.train != "lora":
-        raise ValueError(f"--use_lora True means --train lora, not --train {model.train}; give one of them")
+        raise ValueError(f"--use_lora True means --train lora, not --train {model.train}; pass one of them")
     if model.train == "lora" and not model.fix_vit:
         raise ValueError(
-            "--fix_vit False with LoRA: the tower's weights aren't part of the adapter that is saved; train "
-            "with --train full, or leave the tower fixed"
+            "--fix_vit False with LoRA: the tower's weights aren't part of the saved adapter; use --train "
+            "full, or leave the tower frozen"
         )
     if model.quantize != "none" and model.train != "lora":
         raise ValueError(
-            f"--quantize {model.quantize} needs --train lora: quantised weights can't be trained by "
+            f"--quantize {model.quantize} needs --train lora: quantised weights can't be trained with "
             f"--train {model.train}"
         )
     if model.train == "adapter" and model.infer_mode == "base":
-        raise ValueError("--train adapter needs --infer_mode write or web, which says whose adapters train")
+        raise ValueError("--train adapter needs --infer_mode write or web, which says which adapters train")
     if model.train != "lora" and model.dtype == "float16":
         raise ValueError(
-            "--dtype float16: weights of that type can't be trained, their gradients vanish; use float32 "
-            "with --bf16 or --fp16"
+            "--dtype float16: weights of that type can't be trained, because their gradients vanish; use "
+            "float32 with --bf16 or --fp16"
         )
     if training.vit_learning_rate is not None and model.fix_vit:
         raise ValueError("--vit_learning_rate needs --fix_vit False: the tower is frozen")
@@ -230,17 +230,17 @@ def _check_model(model: ModelArguments, training: TrainArguments) -> None:
 def _check_training(training: TrainArguments) -> None:
     if "tensorboard" in training.report_to and not is_tensorboard_available():
         raise ImportError(
-            "--report_to tensorboard, the default, needs the package tensorboard; install it with "
-            "pip install '.[finetune]', or name another or none"
+            "--report_to tensorboard, the default, needs the tensorboard package; install it with "
+            "pip install '.[finetune]', or choose another or none"
         )
     if training.label_smoothing_factor:
         raise ValueError("--label_smoothing_factor isn't supported: the model computes its loss itself")
     if training.early_stopping_patience is not None:
         if not training.eval_data:
-            raise ValueError("--early_stopping_patience needs --eval_data to tell when to stop")
+            raise ValueError("--early_stopping_patience needs --eval_data to know when to stop")
         if training.early_stopping_patience < 1:
             raise ValueError(
-                f"--early_stopping_patience counts evaluations from 1, not {training.early_stopping_patience}"
+                f"--early_stopping_patience must be at least 1, not {training.early_stopping_patience}"
             )
     if str(training.eval_strategy.value) != "no" and not training.eval_data:
         raise ValueError(f"--eval_strategy {training.eval_strategy.value} needs --eval_data")
@@ -250,11 +250,11 @@ def _check_output(training: TrainArguments) -> None:
     output = Path(training.output_dir)
     if (output / FINAL).exists():
         raise FileExistsError(
-            f"{output / FINAL} holds a finished model; move it away or name another --output_dir"
+            f"{output / FINAL} holds a finished model; move it away or choose another --output_dir"
         )
     checkpoints = sorted(path.name for path in output.glob("checkpoint-*"))
     if checkpoints and not training.resume_from_checkpoint:
         raise FileExistsError(
-            f"{output} holds {checkpoints[-1]} of another run; go on with it by --resume_from_checkpoint "
-            "True, or name another --output_dir"
+            f"{output} holds {checkpoints[-1]} of another run; continue it with --resume_from_checkpoint "
+            "True, or choose another --output_dir"
         )

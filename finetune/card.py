@@ -1,4 +1,4 @@
-"""The model card that is written beside a trained model."""
+"""The model card that is written next to a trained model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,18 +12,18 @@ _CURVES = ("loss", "eval_loss", "accuracy", "eval_accuracy")
 
 @dataclass
 class Facts:
-    """What a card says of a run."""
+    """What a card says about a run."""
 
     base: str
     is_adapter: bool
-    data: dict[str, int]  # file -> rows that were trained on
+    data: dict[str, int]  # file -> number of rows trained on
     eval_data: dict[str, int]
     num_trained: int
     num_weights: int
     settings: dict[str, object]
     history: Sequence[dict] = field(default_factory=list)  # the trainer's log
     seconds: float = 0.0
-    pipeline: str = "image-text-to-text"  # the hub's name of what the model is for
+    pipeline: str = "image-text-to-text"  # the hub's name for what the model does
 
 
 def card_text(facts: Facts) -> str:
@@ -37,7 +37,7 @@ def card_text(facts: Facts) -> str:
         f"# {kind} {facts.base}",
         "## Data\n\n" + "\n".join(rows),
         f"## Training\n\n{facts.num_trained:,} of {facts.num_weights:,} weights ({share:.2f} %) were trained "
-        f"in {facts.seconds:.0f} seconds, by torch {torch.__version__} and transformers "
+        f"in {facts.seconds:.0f} seconds, with torch {torch.__version__} and transformers "
         f"{transformers.__version__}.",
         _table(("setting", "value"), [(name, str(value)) for name, value in facts.settings.items()]),
         _losses(facts.history),
@@ -58,7 +58,7 @@ def _header(facts: Facts) -> str:
 
 
 def _losses(history: Sequence[dict], most: int = 20) -> str:
-    """The loss at up to `most` steps, the first and the last among them."""
+    """The loss at up to `most` steps, including the first and the last."""
     by_step: dict[int, dict] = {}
     for entry in history:
         found = {name: entry[name] for name in _CURVES if name in entry}

@@ -1,7 +1,7 @@
 """Check training data before training: `python -m finetune.check_data --model DIR DATA...`.
 
-Prints what is wrong with every bad row, in the words in which training would stop at it, and how many tokens
-the rows of each file have. Exits with 1 if any row is bad.
+Prints what is wrong with every bad row, in the same words with which training would stop at it, and how many
+tokens the rows of each file have. Exits with 1 if any row is bad.
 """
 
 import argparse
@@ -28,7 +28,7 @@ MAX_WORKERS = 8
 
 @dataclass
 class Finding:
-    """Something to say of a row, or of a file as a whole where `row` is None."""
+    """Something to say about a row, or about the whole file if `row` is None."""
 
     text: str
     row: int | None = None
@@ -44,7 +44,7 @@ class FileReport:
     """What was found in one file.
 
     Attributes:
-        samples: how many rows a mixture draws from it, None where it takes them as they are.
+        samples: how many rows a mixture draws from it, None if it takes them as they are.
         tokens: of each good row.
     """
 
@@ -56,14 +56,14 @@ class FileReport:
     warnings: list[Finding] = field(default_factory=list)
 
     def token_counts(self) -> dict[str, float]:
-        """Fewest, median and most tokens of a good row, and of all together."""
+        """Fewest, median and most tokens of a good row, and the total."""
         if not self.tokens:
             return {}
         low, high = min(self.tokens), max(self.tokens)
         return {"min": low, "median": median(self.tokens), "max": high, "total": sum(self.tokens)}
 
     def to_dict(self) -> dict:
-        """The report as JSON holds it."""
+        """The report in the form of the JSON output."""
         return {**asdict(self), "tokens": self.token_counts()}
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class FileReport:
 
 
 def check_row(row: Row, encoder: RowEncoder, *, decode: bool = True) -> tuple[int, Finding | None, bool]:
-    """Tokens of a row, what there is to say of it, and whether that is a fault and not a warning."""
+    """Tokens of a row, what there is to say about it, and whether that is a fault, not a warning."""
     place = {"row": row.index, "line": row.line, "place": row.place}
     try:
         plan = encoder.plan(row, decode=decode)
@@ -83,7 +83,7 @@ def check_row(row: Row, encoder: RowEncoder, *, decode: bool = True) -> tuple[in
         return 0, Finding("; ".join(error.faults), **place), True
     if not plan.num_cut:
         return len(plan.ids), None, False
-    text = f"{plan.num_cut} tokens of the answers lie beyond max_length {encoder.max_length} and are cut away"
+    text = f"{plan.num_cut} tokens of the answers are beyond max_length {encoder.max_length} and are cut off"
     return len(plan.ids), Finding(text, **place), False
 
 
@@ -97,10 +97,10 @@ def check_file(
     ignore_keys: Sequence[str] = (),
     workers: int = 1,
 ) -> FileReport:
-    """Check every row of one file, both conversations of each pair where `encoder` is of pairs.
+    """Check every row of one file, or both conversations of each pair if `encoder` is one of pairs.
 
     Args:
-        decode: whether pictures and videos are decoded whole; else only their headers are read.
+        decode: whether pictures and videos are fully decoded; else only their headers are read.
     """
     report = FileReport(str(path), samples)
     read = read_both if isinstance(encoder, PairEncoder) else read_rows
@@ -120,7 +120,7 @@ def check_file(
 
 
 def check_data(paths: Sequence[Path], encoder: RowEncoder, **options) -> list[FileReport]:
-    """Check files, and all files that mixtures (`.txt`) name, as `check_file` does."""
+    """Check files, and all files that mixtures (`.txt`) list, as `check_file` does."""
     reports = []
     for path in paths:
         if path.suffix.lower() != MIXTURE:
@@ -136,7 +136,7 @@ def check_data(paths: Sequence[Path], encoder: RowEncoder, **options) -> list[Fi
 
 
 def _map_in_threads(function, rows: Sequence[Row], workers: int) -> Iterator:
-    """The results in order; Pillow lets go of Python while it decodes."""
+    """The results in order; Pillow releases the GIL while it decodes."""
     if workers == 1:
         yield from map(function, rows)
         return
@@ -162,15 +162,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(prog="python -m finetune.check_data", description=__doc__)
     add = parser.add_argument
     add("data", nargs="+", type=Path, help="JSON lists, JSON lines (.jsonl), or mixtures of them (.txt)")
-    add("--model", required=True, help="the checkpoint that is to be trained")
-    add("--media-root", help="what relative paths of pictures are relative to, instead of each file's folder")
-    add("--ignore-key", action="append", default=[], help="a key of rows that may be there and means nothing")
-    add("--max-length", type=int, help="tokens that a row may have; by default those that training takes")
+    add("--model", required=True, help="the checkpoint to be trained")
+    add("--media-root", help="what relative picture paths are relative to, instead of each file's folder")
+    add("--ignore-key", action="append", default=[], help="a key of rows to allow and ignore")
+    add("--max-length", type=int, help="tokens that a row may have; by default as many as in training")
     add("--layout", choices=PROMPTS, default="inference", help="as in training")
     add("--hd-num", type=int, help="local tiles of a picture; by default as in chat")
     add("--too-long", choices=TOO_LONG, default="error", help="whether longer rows are faults or are cut")
     add("--pairs", action="store_true", help="the rows are pairs of conversations, for a reward model")
-    add("--headers-only", action="store_true", help="don't decode pictures; finds no damage behind headers")
+    add("--headers-only", action="store_true", help="don't decode pictures; misses damage after the headers")
     add("--workers", type=int, default=min(MAX_WORKERS, os.cpu_count() or 1), help="threads")
     add("--json", action="store_true", help="print the report as JSON")
     return parser.parse_args(arguments)
@@ -182,9 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     processor = InternLMXComposer2Processor.from_pretrained(args.model)
     max_length = args.max_length or checkpoint_config(args.model).max_length
     if args.pairs and args.too_long == "cut":
-        raise SystemExit(
-            "--too-long cut: a pair is scored at its ends, which can't be cut away; leave it out"
-        )
+        raise SystemExit("--too-long cut: a pair is scored at its ends, which can't be cut off; leave it out")
     kind = PairEncoder if args.pairs else partial(RowEncoder, too_long=args.too_long)
     encoder = kind(processor, max_length, args.layout, args.hd_num)
     reports = check_data(

@@ -1,4 +1,4 @@
-"""Rows -> what `forward` takes: ids, labels and pictures, planned by integers before any pixel is cut."""
+"""Rows -> what `forward` accepts: ids, labels and pictures, planned in integers before any picture is cut."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ from .rows import Media, Row
 
 PROMPTS = ("inference", "training")
 TOO_LONG = ("error", "cut")
-TRAINING_TILES = "centred"  # how the published training of 2.5 lays a picture on its tiles
+TRAINING_TILES = "centred"  # how the published training of 2.5 places a picture on its tiles
 
 PICTURES = ("pixel_values", "image_grid_hw")  # what an item with pictures has besides ids and labels
 
@@ -46,7 +46,7 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Plan:
-    """A row in ids. Its pictures are read but not cut; where only their headers were read, there are none.
+    """A row in ids. Its pictures are read but not cut; if only their headers were read, there are none.
 
     Attributes:
         labels: the ids of answers, -100 everywhere else.
@@ -72,12 +72,12 @@ class RowEncoder:
             trainers did: BOS once, no system text unless the row has it, pictures of 2.5 centred on their
             tiles and enlarged by half at most.
         hd_num: how many local tiles a picture may be cut into; by default as many as in `chat`.
-        too_long: what becomes of a row beyond `max_length`: `"error"`, or `"cut"` at its end as long as all
+        too_long: what happens to a row beyond `max_length`: `"error"`, or `"cut"` at its end as long as all
             pictures and some of its answers remain.
-        pixel_dtype: of `pixel_values`. The tower casts them to its own, so that dtype loses nothing.
+        pixel_dtype: of `pixel_values`. The tower casts them to its own dtype, so that one loses nothing.
 
     Raises:
-        ValueError, TypeError: an argument that is impossible.
+        ValueError, TypeError: an argument is invalid.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class RowEncoder:
     ) -> None:
         for name, value, known in (("layout", layout, PROMPTS), ("too_long", too_long, TOO_LONG)):
             if value not in known:
-                raise ValueError(f"{name} is {' or '.join(map(repr, known))}, not {value!r}")
+                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length must be at least 1 token, not {max_length}")
         self.processor = processor
@@ -117,7 +117,7 @@ class RowEncoder:
         """A row in ids, checked.
 
         Args:
-            decode: whether pictures and videos are read whole; else only their headers are.
+            decode: whether pictures and videos are fully read; else only their headers are.
 
         Raises:
             RowFault: with everything that is wrong with the row.
@@ -147,7 +147,7 @@ class RowEncoder:
             `image_grid_hw` (pictures, 2).
 
         Raises:
-            RowFault: as `plan`.
+            RowFault: as in `plan`.
         """
         plan = self.plan(row)
         item = {"input_ids": torch.tensor(plan.ids), "labels": torch.tensor(plan.labels)}
@@ -194,9 +194,9 @@ class RowEncoder:
         return prompt.ids, labels, prompt.is_image
 
     def _text_faults(self, row: Row) -> list[str]:
-        """Markup inside of turns, and marks that don't match the media."""
+        """Markup inside turns, and marks that don't match the media."""
         faults = [
-            f"turn {index} contains the markup {piece}, which texts can't hold"
+            f"turn {index} contains the markup {piece}, which is not allowed in texts"
             for index, turn in enumerate(row.turns)
             for piece in self.markup
             if piece in turn.text
@@ -205,13 +205,13 @@ class RowEncoder:
         at_front = self.version == "2.5" and num_marks == 0 and len(row.media) == 1
         if num_marks != len(row.media) and not at_front and row.turns:
             faults.append(
-                f"the turns have {num_marks} {IMAGE_MARK} marks but the row {len(row.media)} pictures or "
+                f"the turns have {num_marks} {IMAGE_MARK} marks but the row has {len(row.media)} pictures or "
                 "videos; put one mark where each belongs"
             )
         return faults
 
     def _fit(self, row: Row, plan: Plan, is_image: list[bool]) -> Plan:
-        """The plan within `max_length`, or the fault that it has."""
+        """The plan cut to `max_length` if needed, or the row's fault raised."""
         limit, length = self.max_length, len(plan.ids)
         if limit is None or length <= limit:
             return plan
@@ -219,8 +219,8 @@ class RowEncoder:
         num_cut = sum(label != IGNORED for label in plan.labels[limit:])
         beyond = (
             f"the row has {length} tokens, {sum(plan.image_lengths)} of them for {len(plan.image_lengths)} "
-            f"pictures, but max_length is {limit}; beyond it lie {num_cut} of the {num_answer} tokens of its "
-            f"answers{' and part of a picture' if any(is_image[limit:]) else ''}"
+            f"pictures, but max_length is {limit}; {num_cut} of the {num_answer} tokens of its answers"
+            f"{' and part of a picture' if any(is_image[limit:]) else ''} are beyond it"
         )
         if self.too_long == "error" or any(is_image[limit:]) or num_cut == num_answer:
             raise row.fault([f"{beyond}; raise max_length, lower hd_num or shorten the row"])
@@ -230,7 +230,7 @@ class RowEncoder:
     # ---- pictures ----
 
     def _look_at(self, source: Media, hd_num: int, decode: bool) -> tuple[Visual | None, Grid]:
-        """A picture or video, not cut yet, if it is wanted, and the rows and columns of its local tiles."""
+        """A picture or video, not cut yet, if it is needed, and the rows and columns of its local tiles."""
         config = self.processor.image_processor
         if isinstance(source, tuple) or is_video(source):
             frames = list(source) if isinstance(source, tuple) else source
@@ -257,7 +257,7 @@ class RowEncoder:
         return plan_tiles(height, width, tile_size=config.img_size, hd_num=hd_num, layout=self.tiles).grid
 
     def _prepare(self, visual: Visual, hd_num: int) -> PreparedImage:
-        """Cut and normalise, by the plan that was counted."""
+        """Cut and normalise, following the plan that was counted."""
         side = self.processor.image_processor.img_size
         if visual.frames:
             return preprocess_video(visual.frames, tile_size=side)
@@ -265,14 +265,14 @@ class RowEncoder:
 
 
 class ConversationDataset(Dataset):
-    """Rows as items of `RowEncoder.encode`, each read when it is asked for. Works in worker processes.
+    """Rows as items of `RowEncoder.encode`, each read when it is requested. Works in worker processes.
 
     Args:
-        rows: as `read_rows` and `read_mixture` give them.
-        processor, max_length, layout, hd_num, too_long, pixel_dtype: as `RowEncoder` takes them.
+        rows: as `read_rows` and `read_mixture` return them.
+        processor, max_length, layout, hd_num, too_long, pixel_dtype: as in `RowEncoder`.
 
     Raises:
-        ValueError: there are no rows, or an argument is impossible.
+        ValueError: there are no rows, or an argument is invalid.
     """
 
     def __init__(
@@ -303,7 +303,7 @@ class ConversationDataset(Dataset):
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each row, counted from its text and the headers of its pictures; no pixel is decoded.
+        """Tokens of each row, counted from its text and the headers of its pictures, without decoding them.
 
         Raises:
             RowFault: at the first bad row.
@@ -314,7 +314,7 @@ class ConversationDataset(Dataset):
 
 
 class Collator:
-    """Items -> a batch, padded right. Packed items are joined to one sequence instead, without any padding.
+    """Items -> a batch, padded right. Packed items are joined into one sequence instead, without padding.
 
     Args:
         pad_token_id: what `input_ids` are padded with.
@@ -327,7 +327,7 @@ class Collator:
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, `labels` (items, tokens), and `pixel_values` (tiles, 3, side, side)
-        and `image_grid_hw` (pictures, 2) where any item has them. Packed items give (1, all tokens) with
+        and `image_grid_hw` (pictures, 2) if any item has them. Packed items give (1, all tokens) with
         `position_ids` instead of `attention_mask`."""
         if "position_ids" in items[0]:
             joined = join_items(items)
@@ -351,7 +351,7 @@ def _pad(rows: Sequence[Tensor], length: int, value: int) -> Tensor:
 
 
 def _pictures_of(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The pictures of all items in their order; nothing where there are none."""
+    """The pictures of all items in order; nothing if there are none."""
     with_pictures = [item for item in items if "pixel_values" in item]
     if not with_pictures:
         return {}
@@ -359,7 +359,7 @@ def _pictures_of(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def join_items(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Items one after the other as one, with `position_ids` (tokens,) that restart with each."""
+    """Items joined into one, with `position_ids` (tokens,) that restart with each."""
     positions = [item.get("position_ids", torch.arange(len(item["input_ids"]))) for item in items]
     joined = {name: torch.cat([item[name] for item in items]) for name in ("input_ids", "labels")}
     return {**joined, "position_ids": torch.cat(positions), **_pictures_of(items)}

@@ -1,11 +1,11 @@
-"""The worked example: teach nano the article numbers of a catalogue, which it can't know.
+"""A worked example: teach nano the article numbers of a catalogue, which it can't know.
 
     python -m finetune.example draw --out runs/example
     python -m finetune.example measure --model . --data runs/example/test.jsonl
 
-`draw` writes pictures and conversations to train on, to evaluate on and to test on; `measure` asks a
-checkpoint the questions of a file through `chat` and counts the answers that are exactly right.
-docs/finetuning.md has the commands between the two.
+`draw` writes pictures and conversations for training, evaluation and testing; `measure` asks a checkpoint the
+questions of a file through `chat` and counts the answers that are exactly right. docs/finetuning.md has the
+commands in between.
 """
 
 import argparse
@@ -25,7 +25,7 @@ QUESTIONS = (
 # A letter for the colour and a digit for the shape: a blue star is E4.
 LETTERS = dict(zip(COLOURS, "ABCDEFGH", strict=True))
 DIGITS = dict(zip(SHAPES, "123456", strict=True))
-# What training is given has other sizes and places than what it is measured on: even pixels, and odd ones.
+# Training and measuring use different sizes and places: even pixels, and odd ones.
 SPLITS = {"train": "train", "eval": "validation", "test": "held_back"}
 
 
@@ -40,10 +40,10 @@ def draw(out: Path, counts: dict[str, int], seed: int = 0) -> None:
     """Write `counts[name]` rows to `out/name.jsonl` for each name, with their pictures in `out/name/`.
 
     Raises:
-        FileExistsError: `out` is there already.
+        FileExistsError: `out` already exists.
     """
     if out.exists():
-        raise FileExistsError(f"{out} is there already; name another directory")
+        raise FileExistsError(f"{out} already exists; choose another directory")
     for name, count in counts.items():
         (out / name).mkdir(parents=True)
         rng = random.Random(f"{seed} {name}")
@@ -68,7 +68,7 @@ def measure(checkpoint: str, data: Path, limit: int | None = None) -> tuple[int,
     Returns:
         How many answers are exactly right, how many rows there are, and the first few wrong answers.
     """
-    from transformers import AutoModel, AutoTokenizer  # drawing needs neither it nor torch
+    from transformers import AutoModel, AutoTokenizer  # drawing needs neither transformers nor torch
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
@@ -97,8 +97,8 @@ def parse_arguments() -> argparse.Namespace:
     drawing.add_argument("--seed", type=int, default=0)
     measuring = commands.add_parser("measure", help="how many answers are right")
     measuring.add_argument("--model", required=True, help="directory of a checkpoint")
-    measuring.add_argument("--data", type=Path, required=True, help="a file of the first command")
-    measuring.add_argument("--limit", type=int, help="rows at most")
+    measuring.add_argument("--data", type=Path, required=True, help="a file written by draw")
+    measuring.add_argument("--limit", type=int, help="the most rows to use")
     return parser.parse_args()
 
 

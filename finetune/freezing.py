@@ -5,7 +5,7 @@ from torch import nn
 
 from .arguments import ModelArguments
 
-# The parts by which weights are frozen, and what their names begin with or contain.
+# The parts that are frozen or trained as a whole, and what their names begin with or contain.
 _NEVER = ("vit.vision_tower.vision_model.post_layernorm.", "video_mem_proj.")  # no forward pass uses them
 _PROJECTOR = ("vision_proj.", "plora_glb_GN", "plora_sub_GN")
 
@@ -13,7 +13,7 @@ _PROJECTOR = ("vision_proj.", "plora_glb_GN", "plora_sub_GN")
 def part_of(name: str) -> str:
     """The part that a weight belongs to, by its name in the model.
 
-    `unused`, `tower`, `projector`, `plora`, `task:` and an adapter's name, or `decoder`.
+    `unused`, `tower`, `projector`, `plora`, `task:` plus an adapter's name, or `decoder`.
     """
     if name.startswith(_NEVER):
         return "unused"
@@ -29,7 +29,7 @@ def part_of(name: str) -> str:
 
 
 def trained_parts(arguments: ModelArguments) -> set[str]:
-    """The parts that train; LoRA's own weights are none of them."""
+    """The parts that train; LoRA's own weights are not among them."""
     parts = {
         "full": {"decoder", "plora"},
         "plora": {"plora"},
@@ -44,7 +44,7 @@ def trained_parts(arguments: ModelArguments) -> set[str]:
 
 
 def freeze(model: nn.Module, arguments: ModelArguments) -> None:
-    """Let exactly the wanted parts of a model train, which has no LoRA on it yet.
+    """Let exactly the requested parts of a model train. The model has no LoRA on it yet.
 
     Raises:
         ValueError: nothing would train.
@@ -54,13 +54,13 @@ def freeze(model: nn.Module, arguments: ModelArguments) -> None:
         weight.requires_grad_(part_of(name) in parts)
     if arguments.train != "lora" and not any(weight.requires_grad for weight in model.parameters()):
         raise ValueError(
-            f"--train {arguments.train} finds no weights to train in this checkpoint; see its parts with "
+            f"--train {arguments.train} finds no weights to train in this checkpoint; list its parts with "
             f"'ixc2 inspect {arguments.model_name_or_path}'"
         )
 
 
 def hold_trained_in_float32(model: nn.Module) -> None:
-    """Hold those weights in float32 that train, whose small steps a shorter type would round away."""
+    """Hold the weights that train in float32; a shorter type would round their small steps away."""
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()

@@ -1,4 +1,4 @@
-"""LoRA and QLoRA on the decoder, by peft."""
+"""LoRA and QLoRA on the decoder, with peft."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,39 +11,39 @@ from .arguments import LORA_TARGETS, ModelArguments
 
 
 def import_peft():
-    """The package peft.
+    """The peft package.
 
     Raises:
-        ImportError: it isn't installed; says how to.
+        ImportError: it isn't installed; says how to install it.
     """
     try:
         import peft
     except ImportError as error:
-        raise ImportError("LoRA needs the package peft; install it with pip install '.[finetune]'") from error
+        raise ImportError("LoRA needs the peft package; install it with pip install '.[finetune]'") from error
     return peft
 
 
 def target_modules(names: Iterable[str]) -> list[str]:
-    """The decoder's linears that these names mean, as published (`attention.wqkv`).
+    """The decoder's linears that these names refer to, as published (`attention.wqkv`).
 
     Args:
         names: as published, with or without the first part, or followed by `.linear`.
 
     Raises:
-        ValueError: a name is none of the decoder's linears, or there is none.
+        ValueError: a name is not one of the decoder's linears, or there are no names.
     """
     known = {short: name for name in LORA_TARGETS for short in (name, name.split(".")[1])}
     names = list(names)
     wrong = [name for name in names if name.removesuffix(".linear") not in known]
     if wrong or not names:
         raise ValueError(
-            f"--lora_target_modules takes some of {', '.join(LORA_TARGETS)}, not {', '.join(wrong) or 'none'}"
+            f"--lora_target_modules accepts {', '.join(LORA_TARGETS)}, not {', '.join(wrong) or 'none'}"
         )
     return list(dict.fromkeys(known[name.removesuffix(".linear")] for name in names))
 
 
 def quantization(arguments: ModelArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How `from_pretrained` is to quantise the decoder's plain linears."""
+    """How `from_pretrained` should quantise the decoder's plain linears."""
     if arguments.quantize == "none":
         return None
     if arguments.quantize == "int8":
@@ -59,13 +59,13 @@ def quantization(arguments: ModelArguments, dtype: torch.dtype) -> BitsAndBytesC
 def add_lora(
     model: PreTrainedModel, arguments: ModelArguments, task: str = "CAUSAL_LM", heads: Sequence[str] = ()
 ) -> nn.Module:
-    """The model with new low-rank weights on the decoder's linears, which alone train.
+    """The model with new low-rank weights on the decoder's linears; only these train.
 
-    With `fix_sampler` off the projector trains too and is saved with them.
+    With `fix_sampler` off, the projector trains too and is saved with them.
 
     Args:
-        task: what peft calls the kind of model.
-        heads: modules that train whole and are saved with them.
+        task: what peft calls this kind of model.
+        heads: modules that train as a whole and are saved with them.
 
     Raises:
         ImportError: peft isn't installed.
@@ -85,10 +85,10 @@ def add_lora(
 
 
 def load_adapter(model: PreTrainedModel, directory: Path) -> nn.Module:
-    """The model with a trained adapter on it, ours or one of the published training.
+    """The model with a trained adapter on it, one of ours or of the published training.
 
     Raises:
-        FileNotFoundError: the directory holds no adapter of peft.
+        FileNotFoundError: the directory holds no peft adapter.
         ValueError: the adapter isn't LoRA, or its weights don't fit the model.
     """
     peft = import_peft()
@@ -97,12 +97,12 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> nn.Module:
     config = peft.PeftConfig.from_pretrained(str(directory))
     if config.peft_type != peft.PeftType.LORA:
         raise ValueError(
-            f"{directory} holds an adapter of the kind {config.peft_type.value}; only LoRA is known"
+            f"{directory} holds an adapter of type {config.peft_type.value}; only LoRA is supported"
         )
-    if not model.can_generate() and config.task_type == "CAUSAL_LM":  # so in the published reward training
+    if not model.can_generate() and config.task_type == "CAUSAL_LM":  # as in the published reward training
         config.task_type = None
     weights = peft.utils.load_peft_weights(str(directory), device="cpu")
-    names = set(weights)  # peft takes some out
+    names = set(weights)  # peft removes some
     try:
         wrapped = peft.get_peft_model(model, config)
         unknown = peft.set_peft_model_state_dict(wrapped, weights).unexpected_keys

@@ -22,7 +22,7 @@ from .saving import save_model
 def merge(
     adapter: Path, target: Path, base: str | None = None, dtype: str = "auto", max_shard_size: str = "5GB"
 ) -> PreTrainedModel:
-    """Write the checkpoint that a model with an adapter is, complete and in the published layout.
+    """Write a base model and its adapter as one checkpoint, complete and in the published layout.
 
     The adapter may be one of ours or of the published training. The base is loaded unquantised, whatever the
     adapter was trained on.
@@ -35,12 +35,12 @@ def merge(
 
     Raises:
         FileNotFoundError: there is no adapter, or no base.
-        FileExistsError: `target` is there already.
-        ValueError: the adapter is no LoRA or doesn't fit the base.
+        FileExistsError: `target` already exists.
+        ValueError: the adapter isn't LoRA or doesn't fit the base.
         ImportError: peft isn't installed.
     """
     if target.exists():
-        raise FileExistsError(f"{target} is there already; name another directory")
+        raise FileExistsError(f"{target} already exists; choose another directory")
     base = base or base_of(adapter)
     kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     model = class_of(adapter).from_pretrained(base, **kind)
@@ -54,20 +54,20 @@ def base_of(adapter: Path) -> str:
     """The checkpoint that an adapter says it was trained on.
 
     Raises:
-        FileNotFoundError: it is no adapter.
+        FileNotFoundError: it isn't an adapter.
         ValueError: it doesn't say.
     """
     base = _fields_of(adapter).get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"{adapter} doesn't name the checkpoint that it belongs to; name it with --base")
+        raise ValueError(f"{adapter} doesn't name the checkpoint that it belongs to; pass it with --base")
     return base
 
 
 def class_of(adapter: Path) -> type[PreTrainedModel]:
-    """What an adapter makes of its checkpoint: a chat model, or a reward model, whose head is part of it.
+    """What an adapter turns its checkpoint into: a chat model, or a reward model, whose head it contains.
 
     Raises:
-        FileNotFoundError: it is no adapter.
+        FileNotFoundError: it isn't an adapter.
     """
     is_reward = _fields_of(adapter).get("task_type") == "SEQ_CLS"
     return InternLMXComposer2ForSequenceClassification if is_reward else InternLMXComposer2ForCausalLM
@@ -81,7 +81,7 @@ def _fields_of(adapter: Path) -> dict:
 
 
 def card_of(adapter: Path, base: str) -> str:
-    """The adapter's card, as one of a whole model."""
+    """The adapter's card, turned into one for a whole model."""
     path = adapter / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else f"# A LoRA adapter for {base}\n"
     text = text.replace("library_name: peft", "library_name: transformers").replace(", lora]", "]")
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="new directory for the merged checkpoint")
     parser.add_argument("--base", help="the checkpoint; by default the one that the adapter names")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the merged weights")
-    parser.add_argument("--max-shard-size", default="5GB", help="bytes of one file at most")
+    parser.add_argument("--max-shard-size", default="5GB", help="the most bytes of one file")
     arguments = parser.parse_args()
     try:
         merge(

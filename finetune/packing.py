@@ -1,8 +1,8 @@
 """Several rows in one sequence without padding, exactly as if each were alone.
 
-Positions restart with each row. From that alone `create_causal_mask` of transformers, and the kernels of
-flash attention, see where one row ends, as long as there is neither an attention mask nor a cache. Every row
-begins with BOS, which is no label, so no row is asked to predict the start of the next.
+Positions restart with each row. From that alone, `create_causal_mask` of transformers and the kernels of
+flash attention see where one row ends, as long as there is neither an attention mask nor a cache. Every row
+begins with BOS, which is not a label, so no row has to predict the start of the next.
 """
 
 from bisect import bisect_left, insort
@@ -18,7 +18,7 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def plan_packs(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Share rows out to as few sequences of at most `max_length` tokens as best fit, longest first, finds.
+    """Pack rows into sequences of at most `max_length` tokens: as few as best fit, longest first, finds.
 
     Returns:
         The indices of each sequence's rows.
@@ -44,7 +44,7 @@ def plan_packs(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 def check_packing(config, max_length: int) -> None:
-    """Raise `ValueError` where a long row would change the positions of the rows packed with it."""
+    """Raise `ValueError` if a long row would change the positions of the rows packed with it."""
     text = config.get_text_config()
     kind, limit = text.rope_parameters["rope_type"], text.max_position_embeddings
     if kind in LENGTH_DEPENDENT_ROPE and max_length > limit:
@@ -58,12 +58,12 @@ class PackedDataset(Dataset):
     """The rows of a dataset in sequences of at most `max_length` tokens.
 
     Args:
-        dataset: rows, of which the lengths are counted now.
+        dataset: rows, whose lengths are counted now.
         config: the model's.
         max_length: tokens of a sequence, by default the limit of the dataset's rows.
 
     Raises:
-        ValueError: there is no limit, a row is longer, or packing could not be exact for this model.
+        ValueError: there is no limit, a row is longer, or packing would not be exact for this model.
         RowFault: a row is bad.
     """
 
@@ -79,7 +79,7 @@ class PackedDataset(Dataset):
         return len(self.packs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """As an item of the dataset, with `position_ids` (tokens,) that restart with each row."""
+        """Like an item of the dataset, with `position_ids` (tokens,) that restart with each row."""
         return join_items([self.dataset[row] for row in self.packs[index]])
 
     @property

@@ -1,8 +1,8 @@
-"""Preference data -> pairs of a chosen and a rejected conversation, and what a reward model's training takes.
+"""Preference data -> pairs of a chosen and a rejected conversation, and the inputs of reward model training.
 
-Two forms: that of the published training (`{id, conversations_a, conversations_b, image}`, of which the first
-is chosen) and today's (`{chosen, rejected}` as messages, `images`, and perhaps a `prompt` that goes before
-both), in a JSON list or JSON lines. Mixtures (`.txt`) list files with thousands of pairs.
+Two formats: that of the published training (`{id, conversations_a, conversations_b, image}`, where the first
+is chosen) and the current one (`{chosen, rejected}` as messages, `images`, and optionally a `prompt` that
+precedes both), in a JSON list or JSON lines. Mixtures (`.txt`) list files with thousands of pairs.
 """
 
 import os
@@ -33,7 +33,7 @@ class Pair:
 
     @property
     def source(self) -> Path:
-        """The file that the pair is of."""
+        """The file that the pair comes from."""
         return self.chosen.source
 
     @property
@@ -45,15 +45,15 @@ class Pair:
 def read_pairs(
     path: str | os.PathLike, media_root: str | os.PathLike | None = None, ignore_keys: Collection[str] = ()
 ) -> list[Pair]:
-    """The pairs of one file. A pair that is badly written is there too, with the faults of its rows.
+    """The pairs of one file. Malformed pairs are included, with the faults of their rows.
 
     Args:
-        media_root: what relative paths of pictures are relative to, by default the folder of the file.
-        ignore_keys: keys of rows that may be there and mean nothing here.
+        media_root: what relative picture paths are relative to, by default the folder of the file.
+        ignore_keys: keys of rows to allow and ignore.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file as a whole is no list of rows.
+        ValueError: the file as a whole is not a list of rows.
     """
     path = Path(path)
     root = path.parent if media_root is None else Path(media_root)
@@ -68,14 +68,14 @@ def read_pairs(
 def read_both(
     path: str | os.PathLike, media_root: str | os.PathLike | None = None, ignore_keys: Collection[str] = ()
 ) -> list[Row]:
-    """Both conversations of each pair of one file, the chosen one first; as `read_pairs` otherwise."""
+    """Both conversations of each pair of one file, the chosen one first; otherwise like `read_pairs`."""
     return [getattr(pair, side) for pair in read_pairs(path, media_root, ignore_keys) for side in SIDES]
 
 
 def split_entry(entry: object) -> tuple[object, object]:
-    """An entry of a file -> its chosen and its rejected conversation, as entries that `read_row` knows.
+    """An entry of a file -> its chosen and its rejected conversation, as entries for `read_row`.
 
-    What is no pair is handed on in a form that `read_row` finds fault with.
+    Anything that isn't a pair is passed on in a form that `read_row` reports as a fault.
     """
     if not isinstance(entry, Mapping):
         return entry, entry
@@ -84,19 +84,19 @@ def split_entry(entry: object) -> tuple[object, object]:
             rest = {name: value for name, value in entry.items() if name not in (*sides, "prompt")}
             lead = _messages(entry.get("prompt"), "user") if key == "messages" else []
             return tuple({**rest, key: _joined(lead, entry.get(side), key)} for side in sides)
-    fault = ValueError(f"a pair has {' and '.join(SIDES)}, or {' and '.join(PUBLISHED_SIDES)}")
+    fault = ValueError(f"a pair must have {' and '.join(SIDES)}, or {' and '.join(PUBLISHED_SIDES)}")
     return fault, fault
 
 
 def _joined(lead: list, side: object, key: str) -> object:
-    """The conversation of one side, behind what both have in common."""
+    """The conversation of one side, after what both have in common."""
     if key != "messages" or side is None:
         return side
     return [*lead, *_messages(side, "assistant")] if isinstance(side, list | str) else side
 
 
 def _messages(value: object, role: str) -> list:
-    """Messages, or a text as the only one of them."""
+    """Messages, or a text as the only message."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return list(value) if isinstance(value, list) else []
@@ -106,14 +106,14 @@ class PairEncoder(RowEncoder):
     """A `RowEncoder` of conversations as the reward model's `get_scores` writes them.
 
     Args:
-        processor, max_length, layout, hd_num: as `RowEncoder` takes them. Nothing is cut, because the score
-            is read at the end.
+        processor, max_length, layout, hd_num: as in `RowEncoder`. Nothing is cut, because the score is read
+            at the end.
     """
 
     def __init__(
         self, processor, max_length: int | None = None, layout: str = "inference", hd_num: int | None = None
     ) -> None:
-        # Older versions have no second way to cut pictures, and `chat`'s system text is not wanted.
+        # Older versions have no second way to cut pictures, and `chat`'s system text must not be added.
         super().__init__(processor, max_length, layout if processor.version == "2.5" else "training", hd_num)
         self.mark = reward_mark(processor.tokenizer)
 
@@ -124,15 +124,15 @@ class PairEncoder(RowEncoder):
 
 
 class PairDataset(Dataset):
-    """Pairs as items of two encoded rows, read when they are asked for. Works in worker processes.
+    """Pairs as items of two encoded rows, read when they are requested. Works in worker processes.
 
     Args:
-        pairs: as `read_pairs` gives them.
-        processor, max_length, layout, hd_num: as `PairEncoder` takes them.
-        too_long: `"error"`, the only way.
+        pairs: as `read_pairs` returns them.
+        processor, max_length, layout, hd_num: as in `PairEncoder`.
+        too_long: `"error"` is the only choice.
 
     Raises:
-        ValueError: there are no pairs, or an argument is impossible.
+        ValueError: there are no pairs, or an argument is invalid.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class PairDataset(Dataset):
         if not pairs:
             raise ValueError("there are no pairs to train on")
         if too_long != "error":
-            raise ValueError(f"too_long={too_long!r}: the score is read at the end, which can't be cut away")
+            raise ValueError(f"too_long={too_long!r}: the score is read at the end, which can't be cut off")
         self.rows = list(pairs)
         self.encoder = PairEncoder(processor, max_length, layout, hd_num)
 
@@ -155,7 +155,7 @@ class PairDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, dict[str, Tensor]]:
-        """`chosen` and `rejected`, each as `RowEncoder.encode` gives it.
+        """`chosen` and `rejected`, each as `RowEncoder.encode` returns it.
 
         Raises:
             RowFault: a row is bad; the message names its file, its number and everything wrong with it.
@@ -178,10 +178,10 @@ class PairDataset(Dataset):
 
 
 class PairCollator(Collator):
-    """Pairs -> a batch of twice as many rows, chosen and rejected in turn, padded right."""
+    """Pairs -> a batch of twice as many rows, alternately chosen and rejected, padded right."""
 
     def __call__(self, items: Sequence[dict[str, dict[str, Tensor]]]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` (2 x pairs, tokens), and as `Collator` the pictures of any row."""
+        """`input_ids`, `attention_mask` (2 x pairs, tokens), and the pictures of any row as in `Collator`."""
         batch = super().__call__([item[side] for item in items for side in SIDES])
         del batch["labels"]
         return batch

@@ -1,4 +1,4 @@
-"""Training data as people keep it -> rows: turns, and where their pictures and videos lie. Opens no media."""
+"""Training data as people keep it -> rows: turns, and where their pictures and videos are. Opens no media."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from internlm_xcomposer2.tokenization_internlm_xcomposer2 import IMAGE_MARK, VID
 # A picture or video: a path, URL or `data:` URI, or the frames of a video.
 Media = str | tuple[str, ...]
 
-# Roles as the published format, its relatives and `messages` name them.
+# Roles as named by the published format, its relatives and `messages`.
 ROLES = {
     "human": "user",
     "user": "user",
@@ -37,7 +37,7 @@ _KIND_OF_MARK = {IMAGE_MARK: "image", VIDEO_MARK: "video"}
 
 
 class RowFault(ValueError):
-    """What is wrong with a row, told with its file and its number; `faults` are told without them."""
+    """What is wrong with a row, with its file and its number; `faults` come without them."""
 
     faults: tuple[str, ...] = ()
 
@@ -56,9 +56,9 @@ class Row:
 
     Attributes:
         index: position among the rows of `source`, from 0.
-        line: line of the file, from 1, where each row has its own.
+        line: line of the file, from 1, if each row has its own.
         faults: what is wrong with the row as it is written.
-        side: which conversation of its pair it is, where rows are pairs.
+        side: which conversation of its pair it is, if rows are pairs.
     """
 
     source: Path
@@ -83,7 +83,7 @@ class Row:
 
 
 class _Unreadable(ValueError):
-    """An entry of a file that is no row."""
+    """An entry of a file that isn't a row."""
 
 
 # --- files ---
@@ -94,15 +94,15 @@ def read_rows(
 ) -> list[Row]:
     """The rows of one file: a JSON list, or JSON lines (`.jsonl`), in the published form or as `messages`.
 
-    A row that is badly written is there too, with its `faults`.
+    Malformed rows are included, with their `faults`.
 
     Args:
-        media_root: what relative paths of pictures are relative to, by default the folder of the file.
-        ignore_keys: keys of rows that may be there and mean nothing here.
+        media_root: what relative picture paths are relative to, by default the folder of the file.
+        ignore_keys: keys of rows to allow and ignore.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file as a whole is no list of rows.
+        ValueError: the file as a whole is not a list of rows.
     """
     path = Path(path)
     root = path.parent if media_root is None else Path(media_root)
@@ -113,13 +113,13 @@ def read_rows(
 
 
 def read_entries(path: Path) -> list[tuple[int | None, object]]:
-    """The entries of a file as they stand there, and the line of each where it has its own.
+    """The entries of a file as they are, and the line of each if it has its own.
 
-    An entry of JSON lines that is no JSON is the error that says so.
+    For a line that is not JSON, the entry is the error that says so.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file as a whole is no list of rows.
+        ValueError: the file as a whole is not a list of rows.
     """
     entries = list(_read_lines(path) if path.suffix.lower() in LINES else _read_list(path))
     if not entries:
@@ -137,15 +137,15 @@ def read_mixture(
     """The rows that a mixture (`data.txt`) asks for, drawn and shuffled by `seed`.
 
     Each line is a path, relative to the mixture, and how many thousands of samples to draw from it; without a
-    number the file is taken as it is. Where more are asked for than there are, every row is repeated equally
-    often, give or take one; where fewer, none is drawn twice.
+    number, the file is taken as it is. If more are requested than there are, every row is repeated equally
+    often, give or take one; if fewer, none is drawn twice.
 
     Args:
         read: how each file is read, with the arguments of `read_rows`.
 
     Raises:
         FileNotFoundError: the mixture or a file that it names is missing.
-        ValueError: a line without a path or with a number that is no count, or a file without rows.
+        ValueError: a line without a path or with an invalid count, or a file without rows.
     """
     drawn = []
     for position, (source, num_samples) in enumerate(read_sources(path)):
@@ -162,7 +162,7 @@ def read_data(
     seed: int = 0,
     read: Callable[..., list] = read_rows,
 ) -> list[Row]:
-    """The rows of several files: of mixtures (`.txt`) as `read_mixture`, of others as `read`."""
+    """The rows of several files, read by `read_mixture` for mixtures (`.txt`), by `read` for others."""
     rows = []
     for path in paths:
         if Path(path).suffix.lower() == MIXTURE:
@@ -173,11 +173,11 @@ def read_data(
 
 
 def read_sources(path: str | os.PathLike) -> list[tuple[Path, int | None]]:
-    """The files that a mixture names, and how many samples it wants of each, `None` for all as they are.
+    """The files that a mixture lists, and how many samples to draw from each, `None` for all as they are.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the mixture names no file, or a number is no count of at least one sample.
+        ValueError: the mixture lists no files, or a number is not a count of at least one sample.
     """
     path = Path(path)
     sources = []
@@ -189,7 +189,7 @@ def read_sources(path: str | os.PathLike) -> list[tuple[Path, int | None]]:
         num_samples = _samples_of(count[0], f"{path}, line {number}") if count else None
         sources.append((path.parent / (name if num_samples else line), num_samples))
     if not sources:
-        raise ValueError(f"{path} names no files; each line is a path and a count in thousands of samples")
+        raise ValueError(f"{path} lists no files; each line is a path and a count in thousands of samples")
     return sources
 
 
@@ -202,7 +202,7 @@ def draw_rows(rows: Sequence[Row], num_samples: int | None, generator: random.Ra
 
 
 def _samples_of(count: str, place: str) -> int | None:
-    """Thousands of samples as a number of samples; `None` for what is no number but the end of a path."""
+    """Thousands of samples as a number of samples; `None` for the end of a path instead of a number."""
     try:
         thousands = float(count)
     except ValueError:
@@ -229,7 +229,7 @@ def _read_list(path: Path) -> list[tuple[None, object]]:
     text = _text_of(path)
     if text.lstrip()[:1] != "[":
         raise ValueError(
-            f"{path} holds no list of rows; begin it with '[', or name it {LINES[0]} if each line is a row"
+            f"{path} isn't a list of rows; start it with '[', or name it {LINES[0]} if each line is a row"
         )
     try:
         return [(None, entry) for entry in json.loads(text)]
@@ -238,7 +238,7 @@ def _read_list(path: Path) -> list[tuple[None, object]]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """The number and content of each line that is not blank; the error for one that is not JSON."""
+    """The number and content of each non-blank line; the error for one that is not JSON."""
     for number, line in enumerate(_text_of(path).split("\n"), 1):
         if line.strip():
             try:
@@ -253,7 +253,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, object]]:
 def read_row(
     path: Path, index: int, line: int | None, entry: object, root: Path, ignore_keys: Collection[str]
 ) -> Row:
-    """One entry of a file as a row, with its faults where it has any."""
+    """One entry of a file as a row, with its faults if it has any."""
     try:
         turns, sources = _read_entry(entry, ignore_keys)
         media = tuple(_resolve(source, root) for source in sources)
@@ -267,17 +267,17 @@ def _read_entry(entry: object, ignore_keys: Collection[str]) -> tuple[tuple[Turn
     if isinstance(entry, ValueError):
         raise entry
     if not isinstance(entry, Mapping):
-        raise _Unreadable(f"a row is an object, not {_kind(entry)}")
+        raise _Unreadable(f"a row must be an object, not {_kind(entry)}")
     forms = [name for name in ("conversations", "messages") if name in entry]
     if len(forms) != 1:
         raise _Unreadable(
-            f"a row has either conversations or messages, but this one {' and '.join(forms) or 'neither'}"
+            f"a row has either conversations or messages, but this one has {' and '.join(forms) or 'neither'}"
         )
     keys = PUBLISHED_KEYS if forms == ["conversations"] else MESSAGES_KEYS
     _check_keys(entry, [*keys, *ignore_keys], "the row")
     turns = entry[forms[0]]
     if not isinstance(turns, list) or not turns:
-        raise _Unreadable(f"{forms[0]} is a list of turns, not {_kind(turns)}")
+        raise _Unreadable(f"{forms[0]} must be a list of turns, not {_kind(turns)}")
     return _read_published(entry) if forms == ["conversations"] else _read_modern(entry)
 
 
@@ -286,14 +286,14 @@ def _read_published(entry: Mapping) -> tuple[tuple[Turn, ...], list]:
     turns = []
     for index, turn in enumerate(entry["conversations"]):
         if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
-            raise _Unreadable(f"turn {index} is no object with a role (from) and a text (value)")
+            raise _Unreadable(f"turn {index} is not an object with a role (from) and a text (value)")
         _check_keys(turn, ("from", "value"), f"turn {index}")
         turns.append(Turn(_role_of(turn.get("from"), index), turn["value"].strip()))
     return tuple(turns), _listed(entry.get("image"), "image")
 
 
 def _read_modern(entry: Mapping) -> tuple[tuple[Turn, ...], list]:
-    """`messages`, whose media have their sources in them, or in `images` and `videos` in the order of use."""
+    """`messages`; media have their own sources, or those in `images` and `videos` in the order of use."""
     messages = [_read_message(message, index) for index, message in enumerate(entry["messages"])]
     columns = {
         kind: [*_listed(entry.get(kind), kind), *_listed(entry.get(f"{kind}s"), f"{kind}s")]
@@ -304,8 +304,8 @@ def _read_modern(entry: Mapping) -> tuple[tuple[Turn, ...], list]:
         places = [part for part in bare if MEDIA_PARTS[part["type"]][0] == kind]
         if len(places) != len(sources):
             raise _Unreadable(
-                f"{len(places)} {kind}s of the messages have no source of their own, but {kind}s names "
-                f"{len(sources)}; mark each by {{'type': '{kind}'}} or "
+                f"{len(places)} {kind}s in the messages have no source of their own, but {kind}s lists "
+                f"{len(sources)}; mark each with {{'type': '{kind}'}} or "
                 f"{IMAGE_MARK if kind == 'image' else VIDEO_MARK}"
             )
         for part, source in zip(places, sources, strict=True):
@@ -321,12 +321,12 @@ def _read_modern(entry: Mapping) -> tuple[tuple[Turn, ...], list]:
 def _read_message(message: object, index: int) -> dict:
     """A message with its content as a list of parts, in which marks have become parts too."""
     if not isinstance(message, Mapping):
-        raise _Unreadable(f"turn {index} is no object with a role and content")
+        raise _Unreadable(f"turn {index} is not an object with a role and content")
     _check_keys(message, ("role", "content"), f"turn {index}")
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
-        raise _Unreadable(f"turn {index}: content is a text or a list of parts, not {_kind(content)}")
+        raise _Unreadable(f"turn {index}: content must be a text or a list of parts, not {_kind(content)}")
     return {
         "role": _role_of(message.get("role"), index),
         "content": [piece for part in parts for piece in _split_marks(part)],
@@ -334,7 +334,7 @@ def _read_message(message: object, index: int) -> dict:
 
 
 def _split_marks(part: object) -> list:
-    """A part of text as its texts and the media that its marks stand for; any other part as it is."""
+    """A text part as its texts and the media that its marks stand for; any other part as it is."""
     if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
         return [dict(part) if isinstance(part, Mapping) else part]
     pieces = [piece for piece in _MARKS.split(part["text"]) if piece]
@@ -357,7 +357,7 @@ def turn_faults(turns: Sequence[Turn]) -> list[str]:
     start = int(bool(turns) and turns[0].role == "system")
     for index, (turn, wanted) in enumerate(zip(turns[start:], cycle(("user", "assistant"))), start):
         if turn.role != wanted:
-            faults.append(f"turn {index} is the {turn.role}'s where the {wanted}'s belongs")
+            faults.append(f"turn {index} is the {turn.role}'s but should be the {wanted}'s")
             break
     if turns and not faults and turns[-1].role != "assistant":
         faults.append(f"the last turn, {len(turns) - 1}, is the {turns[-1].role}'s; an answer must follow")
@@ -377,25 +377,25 @@ def _role_of(name: object, index: int) -> str:
 
 def _check_keys(entry: Mapping, known: Sequence[str], what: str) -> None:
     if unknown := [str(key) for key in entry if key not in known]:
-        raise _Unreadable(f"{what} has unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
+        raise _Unreadable(f"{what} has unknown keys {', '.join(unknown)}; known keys are {', '.join(known)}")
 
 
 def _listed(value: object, key: str) -> list:
     """One source or a list of them as a list."""
     sources = [] if value is None else value if isinstance(value, list) else [value]
     if wrong := [source for source in sources if not isinstance(source, str) or not source]:
-        raise _Unreadable(f"{key} names files by their paths, not by {wrong[0]!r:.80}")
+        raise _Unreadable(f"{key} must give files by their paths, not by {wrong[0]!r:.80}")
     return sources
 
 
 def _resolve(source: object, root: Path) -> Media:
-    """A source as it can be opened from anywhere."""
+    """A source in a form that can be opened from anywhere."""
     if isinstance(source, list | tuple):
         return tuple(_resolve(frame, root) for frame in source)
     if isinstance(source, bytes):
         return f"data:;base64,{b64encode(source).decode()}"
     if not isinstance(source, str):
-        raise _Unreadable(f"a picture or video is named by its path, not by {source!r:.80}")
+        raise _Unreadable(f"a picture or video must be given by its path, not by {source!r:.80}")
     return source if source.startswith("data:") or "://" in source else str(root / source)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .card import CARD
 from .trainer import FinetuneTrainer
 
-_ARGUMENTS = "training_args.bin"  # pickled by `Trainer`, and of no use with a finished model
+_ARGUMENTS = "training_args.bin"  # pickled by `Trainer`, and useless with a finished model
 
 
 @contextmanager
@@ -21,17 +21,17 @@ def put_in_place(target: Path) -> Iterator[Path]:
     """A new directory that becomes `target` once everything in it is written.
 
     Raises:
-        FileExistsError: `target` is there already, or another run is writing it.
+        FileExistsError: `target` already exists, or another run is writing it.
     """
     if target.exists():
-        raise FileExistsError(f"{target} is there already; name another directory")
+        raise FileExistsError(f"{target} already exists; choose another directory")
     with staging_beside(target) as folder:
         yield folder
         folder.rename(target)
 
 
 def complete(folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-    """Add to saved weights what else a user needs: modules, tokenizer, processor, and the model card."""
+    """Add what else a user needs to saved weights: modules, tokenizer, processor, and the model card."""
     (folder / _ARGUMENTS).unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
     if not (folder / "adapter_config.json").exists():
@@ -51,7 +51,7 @@ def save_model(
     """Write a complete checkpoint in the published layout.
 
     Raises:
-        FileExistsError: `target` is there already.
+        FileExistsError: `target` already exists.
     """
     with put_in_place(target) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -64,7 +64,7 @@ def save_trained(
     """Write what was trained, the whole model or the adapter; every process calls this.
 
     Raises:
-        FileExistsError: `target` is there already.
+        FileExistsError: `target` already exists.
     """
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -29,10 +29,10 @@ Arguments = tuple[ModelArguments, DataArguments, TrainArguments]
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: a chat model, unless something else is said.
+    """What is trained: a chat model by default.
 
     Attributes:
-        read_data, dataset: as the functions and classes whose names they have.
+        read_data, dataset: like the function and class of the defaults.
         heads: modules that always train.
         peft_task, pipeline: what peft and the hub call it.
     """
@@ -49,7 +49,7 @@ class Task:
 
 CHAT = Task()
 
-# Settings that the card lists besides those that say what trains.
+# Settings that the card lists in addition to those that say what trains.
 _SETTINGS = (
     "learning_rate",
     "vit_learning_rate",
@@ -70,7 +70,7 @@ _SETTINGS = (
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Arguments:
-    """Flags, or the path of one YAML or JSON file that holds them."""
+    """Flags, or the path of a YAML or JSON file that holds them."""
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments))
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
@@ -86,9 +86,9 @@ def train(
     """Train, and write the finished model or adapter to `final` in the output directory.
 
     Raises:
-        ValueError, FileNotFoundError, FileExistsError: arguments, data or checkpoint are no good.
+        ValueError, FileNotFoundError, FileExistsError: arguments, data or checkpoint are unusable.
         ImportError: LoRA without peft.
-        RuntimeError: out of memory; says what takes less.
+        RuntimeError: out of memory; says what needs less.
     """
     check_arguments(model_arguments, data, training)
     if data.packing and task.heads:
@@ -122,7 +122,7 @@ def train(
 
 
 def checkpoint_to_resume(training: TrainArguments) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` means: a directory, or the last whole one for `True`.
+    """The checkpoint of `--resume_from_checkpoint`: a directory, or the last complete one for `True`.
 
     Raises:
         FileNotFoundError: there is none.
@@ -136,7 +136,7 @@ def checkpoint_to_resume(training: TrainArguments) -> str | None:
                 f"{asked} holds no checkpoint to resume from: trainer_state.json is missing"
             )
         return str(asked)
-    # The state is written last, so that a save which was cut short has none.
+    # The state is written last, so a save that was interrupted has none.
     found = [path.parent for path in Path(training.output_dir).glob("checkpoint-*/trainer_state.json")]
     if not found:
         raise FileNotFoundError(
@@ -151,10 +151,10 @@ def checkpoint_to_resume(training: TrainArguments) -> str | None:
 def read_datasets(
     processor, config, data: DataArguments, training: TrainArguments, task: Task
 ) -> dict[str, Dataset]:
-    """The datasets `train` and, where `--eval_data` names one, `eval`.
+    """The datasets `train` and, with `--eval_data`, `eval`.
 
     Raises:
-        FileNotFoundError: a file isn't there.
+        FileNotFoundError: a file doesn't exist.
         ValueError: a file or a row is bad; says which and why.
     """
     max_length = config.max_length if data.max_length is None else data.max_length
@@ -165,7 +165,7 @@ def read_datasets(
         rows = task.read_data(paths, data.media_root, data.ignore_keys, training.seed)
         datasets[name] = task.dataset(rows, processor, max_length, data.layout, data.hd_num, data.too_long)
         if data.check_data:
-            _ = datasets[name].lengths  # names the first bad row
+            _ = datasets[name].lengths  # raises at the first bad row
     if data.packing:
         datasets["train"] = PackedDataset(datasets["train"], config)
     return datasets
@@ -184,10 +184,10 @@ def _count(dataset: Dataset | None) -> dict[str, int]:
 
 
 def load_model(arguments: ModelArguments, training: TrainArguments, task: Task = CHAT) -> PreTrainedModel:
-    """The checkpoint with exactly those weights trainable that are to train, LoRA's new ones included.
+    """The checkpoint with exactly the weights trainable that should train, LoRA's new ones included.
 
     Raises:
-        ValueError: the checkpoint can't be loaded, or lacks what is to train.
+        ValueError: the checkpoint can't be loaded, or lacks what should train.
     """
     dtype = weights_dtype(arguments, training)
     quantized = quantization(arguments, dtype)
@@ -196,7 +196,7 @@ def load_model(arguments: ModelArguments, training: TrainArguments, task: Task =
     model = task.model.from_pretrained(
         arguments.model_name_or_path,
         dtype=dtype,
-        # A whole chat model is saved with all of its task adapters; no other has modes to use them in.
+        # A whole chat model is saved with all its task adapters; other models have no modes to use them in.
         adapters=modes if is_lora or task.heads else None,
         quantization_config=quantized,
         device_map={"": training.device} if quantized else None,
@@ -229,7 +229,7 @@ def build_trainer(
     training: TrainArguments,
     task: Task = CHAT,
 ) -> FinetuneTrainer:
-    """A trainer for datasets by the names `train` and `eval`; says how many weights train."""
+    """A trainer for the datasets `train` and `eval`; prints how many weights train."""
     callbacks = []
     if training.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
@@ -264,7 +264,7 @@ def _settings(
 
 
 def run_command(task: Task = CHAT) -> None:
-    """Train by the flags of the command line."""
+    """Train according to the flags of the command line."""
     logging.set_verbosity_warning()
     try:
         trainer = train(*parse_arguments(), task)

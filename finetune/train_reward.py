@@ -1,7 +1,7 @@
 """Train a reward model on preferences: `python -m finetune.train_reward --help`.
 
-The flags are those of `finetune.train`. In a chat checkpoint the score head is new; it trains in every way
-of training. The loss of a pair is -log sigmoid(chosen - rejected) (arXiv:2501.12368).
+The flags are those of `finetune.train`. In a chat checkpoint the score head is new; it trains with every
+`--train`. The loss of a pair is -log sigmoid(chosen - rejected) (arXiv:2501.12368).
 """
 
 import torch
@@ -30,7 +30,7 @@ class RewardTrainer(FinetuneTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The mean loss of a batch, and with `return_outputs` its (pairs, 2) scores."""
+        """The mean loss of a batch, and its (pairs, 2) scores with `return_outputs`."""
         scores = model(**inputs).logits
         loss, scores = pairwise_loss(scores), scores.detach().float().view(-1, 2)
         if model.training:
@@ -47,7 +47,7 @@ class RewardTrainer(FinetuneTrainer):
         return loss.detach(), scores, better
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the base class, with the accuracy of the training batches since the last line."""
+        """Like the base class, with the accuracy of the training batches since the last line."""
         if "loss" in logs and self._accuracies:
             accuracy = self.accelerator.gather(torch.stack(self._accuracies).mean()).mean()
             logs = {**logs, "accuracy": round(accuracy.item(), 4)}

@@ -1,4 +1,4 @@
-"""transformers' `Trainer`, fitted to this model's checkpoints, batches and parts."""
+"""transformers' `Trainer`, adapted to this model's checkpoints, batches and parts."""
 
 import re
 
@@ -14,7 +14,7 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough mem
 
 
 class FinetuneTrainer(Trainer):
-    """A `Trainer` that trains in one inference mode, by lengths counted beforehand.
+    """A `Trainer` that trains in one inference mode, with lengths counted beforehand.
 
     Args:
         infer_mode: `"base"`, `"write"` or `"web"`, for every batch.
@@ -34,14 +34,14 @@ class FinetuneTrainer(Trainer):
         self.infer_mode = infer_mode
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs):
-        """As the base class, in `infer_mode`."""
+        """Like the base class, in `infer_mode`."""
         return super().compute_loss(model, {**inputs, "infer_mode": self.infer_mode}, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
-        """As the base class.
+        """Like the base class.
 
         Raises:
-            RuntimeError: the device's memory doesn't suffice; says what takes less.
+            RuntimeError: the device is out of memory; says what needs less.
         """
         shape = tuple(inputs["input_ids"].shape)
         num_tiles = len(inputs["pixel_values"]) if inputs.get("pixel_values") is not None else 0
@@ -53,7 +53,7 @@ class FinetuneTrainer(Trainer):
             raise RuntimeError(memory_advice(shape, num_tiles, self.args)) from error
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        """As the base class, with a learning rate of its own for the tower."""
+        """Like the base class, with a separate learning rate for the tower."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh and self.args.vit_learning_rate is not None:
@@ -71,7 +71,7 @@ class FinetuneTrainer(Trainer):
 
 
 def split_groups(optimizer: torch.optim.Optimizer, chosen: set[int], learning_rate: float) -> None:
-    """Give the weights with these ids groups of their own, with this learning rate."""
+    """Move the weights with these ids to separate groups with this learning rate."""
     for group in list(optimizer.param_groups):
         picked = [weight for weight in group["params"] if id(weight) in chosen]
         if not picked:
@@ -81,7 +81,7 @@ def split_groups(optimizer: torch.optim.Optimizer, chosen: set[int], learning_ra
 
 
 def memory_advice(shape: tuple[int, ...], num_tiles: int, args: TrainArguments) -> str:
-    """What to change when the memory of a device doesn't suffice for a batch, the cheapest first."""
+    """What to change when a batch doesn't fit in the memory of a device, the cheapest first."""
     size = args.per_device_train_batch_size
     steps = []
     if size > 1:
@@ -97,5 +97,5 @@ def memory_advice(shape: tuple[int, ...], num_tiles: int, args: TrainArguments) 
     if num_tiles:
         steps.append(f"a smaller --hd_num (this batch has {num_tiles} tiles)")
     steps.append("--train lora, with --quantize nf4 for the least memory")
-    steps.append("several devices by finetune/configs/fsdp2.yaml")
+    steps.append("several devices with finetune/configs/fsdp2.yaml")
     return "out of memory in a training step; in this order, try " + "; ".join(steps)

@@ -1,1 +1,1 @@
-"""The command line `ixc2`. It never travels with a checkpoint, so it need not be flat as the root is."""
+"""The command line `ixc2`. It never ships with a checkpoint, so it need not be flat like the root."""

@@ -1,4 +1,4 @@
-"""A published checkpoint made into a directory that any user of transformers can load."""
+"""Turn a published checkpoint into a directory that any user of transformers can load."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ class Adoption:
     target: Path
     findings: Findings
     written: tuple[str, ...]
-    kept: tuple[str, ...]  # files that were changed after they were written, and left alone
+    kept: tuple[str, ...]  # files that were changed after being written, and were left alone
     removed: tuple[str, ...]
     notes: tuple[str, ...]  # what is missing or assumed, in plain words
 
@@ -35,7 +35,7 @@ class _Plan:
     """Every file of the adopted directory by name."""
 
     texts: dict[str, bytes] = field(default_factory=dict)
-    links: dict[str, Path] = field(default_factory=dict)  # weights that are used as they are
+    links: dict[str, Path] = field(default_factory=dict)  # weights that are used as is
     pieces: list[Piece] = field(default_factory=list)  # weights that are converted
 
     @property
@@ -56,24 +56,24 @@ def adopt(
     """Write a directory that holds everything a published checkpoint needs to be loaded.
 
     It holds a complete `config.json`, the generation, tokenizer, processor and template files, the modules of
-    this package that remote code needs, and the weights: hard links where the file system has them, else
+    this package that remote code needs, and the weights: hard links if the file system has them, else
     symbolic links, else copies. `source` is never changed. A second call checks what the first one wrote,
-    and writes again what is missing or out of date.
+    and rewrites what is missing or out of date.
 
     Args:
         source: the directory of a published checkpoint.
         target: the new directory, or one that an earlier call wrote.
         convert_bin: write `.bin` weights as safetensors.
         copy: copy the weights, so that the two directories share nothing.
-        tokenizer: a `tokenizer.model` where `source` has none.
-        max_shard_size: bytes of one converted file at most, or text such as `"5GB"`.
-        num_attention_heads: where `config.json` doesn't say; the weights don't tell.
+        tokenizer: a `tokenizer.model` if `source` has none.
+        max_shard_size: the most bytes of one converted file, or text such as `"5GB"`.
+        num_attention_heads: if `config.json` doesn't say; the weights don't determine it.
 
     Raises:
         FileNotFoundError: no directory, no weights, or not all shards.
-        FileExistsError: `target` holds other files, or another run is at work on it.
-        ValueError: `source` is no checkpoint of the family, damaged, or one that the package can't load.
-        OSError: the disk is too small or can't be written.
+        FileExistsError: `target` holds other files, or another run is working on it.
+        ValueError: `source` isn't a checkpoint of the family, is damaged, or the package can't load it.
+        OSError: the disk is too small or can't be written to.
     """
     source, target = Path(source).absolute(), Path(target).absolute()
     previous = check_target(source, target)
@@ -99,44 +99,44 @@ def adopt(
 
 
 def check_target(source: Path, target: Path) -> dict:
-    """What an earlier run recorded in `target`, empty where `target` is new.
+    """What an earlier run recorded in `target`, empty if `target` is new.
 
     Raises:
         FileExistsError: `target` is a file, holds something else, or was adopted from elsewhere.
-        ValueError: `target` lies in `source`, or the other way round.
+        ValueError: `target` is inside `source`, or the other way round.
     """
     real_source, real_target = source.resolve(), target.resolve()
     if real_target == real_source or real_source in real_target.parents or real_target in real_source.parents:
-        raise ValueError(f"{target} and {source} lie in one another; name another directory to adopt into")
+        raise ValueError(f"one of {target} and {source} is inside the other; choose another target directory")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return {}
     if not target.is_dir():
-        raise FileExistsError(f"{target} is a file; name another directory to adopt into")
+        raise FileExistsError(f"{target} is a file; choose another target directory")
     if not (target / MARKER).is_file():
         raise FileExistsError(
-            f"{target} holds files that were not adopted; empty it or name another directory to adopt into"
+            f"{target} holds files that were not adopted; empty it or choose another target directory"
         )
     try:
         previous = json.loads((target / MARKER).read_text(encoding="utf-8"))
         origin, _ = previous["source"], dict(previous["files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise FileExistsError(f"{target / MARKER} is damaged; delete {target} or name another") from error
+        raise FileExistsError(f"{target / MARKER} is damaged; delete {target} or choose another") from error
     if origin != os.fspath(real_source):
         raise FileExistsError(
-            f"{target} was adopted from {origin} and not from {source}; delete it or name another"
+            f"{target} was adopted from {origin}, not from {source}; delete it or choose another"
         )
     return previous
 
 
 def check_loadable(findings: Findings) -> None:
-    """Raise `ValueError` for tensors that no class of the package would load, so that nothing is written."""
+    """Raise `ValueError` for tensors that no class of the package would load, before anything is written."""
     faults = [
         f"{len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
         for what, names in (("missing", findings.missing), ("unknown", findings.unknown))
         if names
     ]
     if faults:
-        raise ValueError(f"{findings.source} can't be loaded by this package; tensors {'; '.join(faults)}")
+        raise ValueError(f"{findings.source} can't be loaded by this package; tensors: {'; '.join(faults)}")
 
 
 # ---- weights ----
@@ -170,7 +170,7 @@ def _is_weights(name: str) -> bool:
 
 
 def _place(path: Path, destination: Path, copy: bool) -> None:
-    """Hard link, else symbolic link, else copy; a copy at once if asked for."""
+    """Hard link, else symbolic link, else copy; a copy right away if requested."""
     real = path.resolve()
     steps: list[Callable[[Path, Path], object]] = [os.link, os.symlink, shutil.copyfile]
     for step in steps[2:] if copy else steps:
@@ -182,11 +182,11 @@ def _place(path: Path, destination: Path, copy: bool) -> None:
                 raise
 
 
-# ---- what is there already ----
+# ---- what is already there ----
 
 
 def _what_is_needed(plan: _Plan, target: Path, previous: dict, copy: bool) -> tuple[list[str], list[str]]:
-    """Names to be written, and names that someone has changed since."""
+    """Names of files to write, and names of files that someone has changed since."""
     recorded = previous.get("files", {})
     needed, kept = [], []
     for name, path in plan.links.items():
@@ -237,16 +237,16 @@ def check_space(plan: _Plan, needed: list[str], findings: Findings, target: Path
     if num_bytes > free:
         raise OSError(
             f"{target} needs {num_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; "
-            "make room or name another directory to adopt into"
+            "make room or choose another target directory"
         )
 
 
 @contextmanager
 def staging_beside(target: Path) -> Iterator[Path]:
-    """A new directory beside `target`, on the same disk; gone afterwards whatever happens.
+    """A new directory beside `target`, on the same disk; removed afterwards whatever happens.
 
     Raises:
-        FileExistsError: another run is at work, or was killed.
+        FileExistsError: another run is in progress, or was killed.
     """
     staging = target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,7 @@ def staging_beside(target: Path) -> Iterator[Path]:
         staging.mkdir()
     except FileExistsError:
         raise FileExistsError(
-            f"{staging} is there already: another run is at work, or one was killed and it can be deleted"
+            f"{staging} already exists: another run is in progress, or one was killed and it can be deleted"
         ) from None
     try:
         yield staging
@@ -274,7 +274,7 @@ def _fill(plan: _Plan, needed: list[str], staging: Path, copy: bool) -> None:
 
 
 def _record(plan: _Plan, target: Path, staging: Path, previous: dict, kept: list[str]) -> dict:
-    """Digests of the small files, and bytes of the weights; what somebody changed keeps its old entry."""
+    """Digests of the small files, and bytes of the weights; what someone changed keeps its old entry."""
     record: dict[str, str | int] = {name: _digest(content) for name, content in plan.texts.items()}
     record |= {name: path.stat().st_size for name, path in plan.links.items()}
     for piece in plan.pieces:
@@ -284,7 +284,7 @@ def _record(plan: _Plan, target: Path, staging: Path, previous: dict, kept: list
 
 
 def _put_in_place(staging: Path, target: Path, removed: list[str]) -> None:
-    """One step for a new target; for an old one file by file, the configuration and the record last."""
+    """In one step for a new target; for an old one, file by file, the configuration and the record last."""
     if not (target / MARKER).exists():
         if target.is_dir():
             target.rmdir()  # it is empty

@@ -26,11 +26,11 @@ class Piece:
 
 
 def plan_pieces(headers: dict[str, TensorHeader], max_shard_size: int | str) -> list[Piece]:
-    """Which tensors go into which safetensors file; no file holds more than `max_shard_size` bytes of them.
+    """Which tensors go into which safetensors file; no file holds more than `max_shard_size` bytes.
 
     Args:
         headers: what `read_headers` found in the `.bin` files.
-        max_shard_size: bytes, or text such as `"5GB"`. A larger tensor gets a file of its own.
+        max_shard_size: bytes, or text such as `"5GB"`. A larger tensor gets its own file.
 
     Raises:
         ValueError: the size can't be read.
@@ -62,8 +62,8 @@ def index_of(pieces: list[Piece], headers: dict[str, TensorHeader]) -> dict:
 def convert(pieces: list[Piece], directory: Path) -> None:
     """Write these files into `directory`.
 
-    Memory in use is that of the largest file: tensors are mapped from the `.bin` file, and released before
-    the next file is begun.
+    Memory use is that of the largest file: tensors are mapped from the `.bin` file, and released before the
+    next file is started.
 
     Raises:
         OSError: the disk is full, or a file can't be read or written.
@@ -73,7 +73,7 @@ def convert(pieces: list[Piece], directory: Path) -> None:
 
 
 def _tensors_of(piece: Piece) -> dict[str, Tensor]:
-    """The tensors of a piece, contiguous, and none sharing memory with another, as safetensors wants them."""
+    """The tensors of a piece, contiguous and without shared memory, as safetensors requires."""
     loaded = load_torch_file(piece.source)
     chosen = {name: loaded[name] for name in piece.tensors}
     sharers = Counter(tensor.untyped_storage().data_ptr() for tensor in chosen.values())

@@ -30,7 +30,7 @@ from ..modeling_internlm_xcomposer2 import (
 )
 from ..quantization_internlm_xcomposer2 import Packing, packing_of, unpacked_shapes
 
-# Beginnings of tensor names, and what they belong to; the first that fits counts.
+# Beginnings of tensor names, and what they belong to; the first match counts.
 _PARTS = {
     "vit.": "vision tower",
     "vision_proj.": "projector",
@@ -65,7 +65,7 @@ class Findings:
     """What `examine` found out about a checkpoint."""
 
     source: Path
-    fields: dict  # config.json as it stands
+    fields: dict  # config.json as it is
     config: InternLMXcomposer2Config
     headers: dict[str, TensorHeader]
     paths: tuple[Path, ...]  # of the weights
@@ -100,16 +100,17 @@ def examine(
     """Read `config.json` and the headers of the weights in a directory.
 
     Args:
-        headers: of weights that lie elsewhere.
-        num_attention_heads: of the decoder, instead of what `config.json` says; the weights don't tell.
+        headers: of weights that are stored elsewhere.
+        num_attention_heads: of the decoder, instead of what `config.json` says; the weights don't determine
+            it.
 
     Raises:
         FileNotFoundError: no directory, no weights, or not all shards.
-        ValueError: a file is damaged, or this is no checkpoint of the family.
+        ValueError: a file is damaged, or this isn't a checkpoint of the family.
     """
     source = Path(source)
     if not source.is_dir():
-        raise FileNotFoundError(f"{source} is no directory")
+        raise FileNotFoundError(f"{source} is not a directory")
     notes: list[str] = []
     if headers is None:
         paths, has_index = _weights_of(source, notes)
@@ -128,7 +129,7 @@ def examine(
     config = _completed(fields, shapes, source)
     if "num_attention_heads" not in {**fields, **(fields.get("text_config") or {})}:
         heads = f"{config.num_attention_heads} attention heads of width {config.text_config.head_dim}"
-        notes.append(f"config.json names no num_attention_heads: assumed {heads}")
+        notes.append(f"config.json has no num_attention_heads: assumed {heads}")
     missing, unknown = compare_with_model(config, shapes, packing)
     weights = headers, tuple(paths), has_index, packing, shapes
     return Findings(source, fields, config, *weights, tuple(notes), missing, unknown)
@@ -141,31 +142,31 @@ def _weights_of(source: Path, notes: list[str]) -> tuple[list[Path], bool]:
         shards = shards_without_index(source)
         if not shards or any(source.glob("*.index.json")):
             raise
-        notes.append("no index of the shards")
+        notes.append("no shard index")
         return shards, False
 
 
 def _check_index(source: Path, headers: dict[str, TensorHeader]) -> None:
-    """Every tensor that the index names must lie in the shards."""
+    """Every tensor that the index names must be in the shards."""
     is_bin = next(iter(headers.values())).file.suffix == ".bin"
     index = source / INDEX_FILES[is_bin]
     if lost := sorted(set(read_weight_map(index)) - set(headers)):
-        raise ValueError(f"{index} names {len(lost)} tensors that lie in no shard: {', '.join(lost[:5])}")
+        raise ValueError(f"{index} names {len(lost)} tensors that are in no shard: {', '.join(lost[:5])}")
 
 
 def _fields_of(source: Path, notes: list[str]) -> dict:
-    """`config.json` as a dictionary, empty where there is none."""
+    """`config.json` as a dictionary, empty if there is none."""
     path = source / "config.json"
     if not path.is_file():
-        notes.append("no config.json: every size is what the weights say")
+        notes.append("no config.json: every size comes from the weights")
         return {}
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        remedy = f"mend or remove it, then run: {adopt_command(source)}"
-        raise ValueError(f"{path} is no JSON: {error}; {remedy}") from error
+        remedy = f"fix or remove it, then run: {adopt_command(source)}"
+        raise ValueError(f"{path} is not JSON: {error}; {remedy}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__} and not fields by name")
+        raise ValueError(f"{path} holds a {type(fields).__name__}, not fields by name")
     return fields
 
 
@@ -178,10 +179,10 @@ def _completed(fields: dict, shapes: dict[str, tuple[int, ...]], source: Path) -
 def compare_with_model(
     config: InternLMXcomposer2Config, shapes: dict[str, tuple[int, ...]], packing: Packing | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Tensors that the files lack, and those that the model doesn't know; a wrong shape makes both.
+    """Tensors that the files lack, and those that the model doesn't know; a wrong shape counts as both.
 
     Args:
-        shapes: those of the weights, unpacked. Packed linears may have a bias: of zeros it is dropped.
+        shapes: those of the weights, unpacked. Packed linears may have a bias: one of zeros is dropped.
     """
     model_class = (
         InternLMXComposer2ForSequenceClassification if is_reward(shapes) else InternLMXComposer2ForCausalLM
@@ -197,7 +198,7 @@ def compare_with_model(
 
 
 def quantisation_of(findings: Findings) -> dict | None:
-    """Method, bits, group size and number of packed linears; `None` where none is packed."""
+    """Method, bits, group size and number of packed linears; `None` if none is packed."""
     packing = findings.packing
     if packing is None:
         return None
@@ -241,7 +242,7 @@ def count_parameters(findings: Findings) -> dict[str, int]:
 
 
 def weight_memory(findings: Findings) -> dict[str, int]:
-    """Bytes that the weights take in memory, by type; `stored` is what they take as they lie on disk."""
+    """Bytes that the weights take in memory, by type; `stored` is what they take on disk."""
     total = sum(count_parameters(findings).values())
     linears = sum(math.prod(shape) for name, shape in findings.shapes.items() if _LINEAR.search(name))
     return {
@@ -256,9 +257,9 @@ def weight_memory(findings: Findings) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class PictureCost:
-    """What one picture comes to."""
+    """What one picture costs."""
 
-    hd_num: int | None  # None where pictures are one square
+    hd_num: int | None  # None if pictures are one square
     grid: tuple[int, int]  # rows and columns of local tiles
     tokens: int
     cache_bytes: int

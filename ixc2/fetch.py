@@ -1,4 +1,4 @@
-"""Checkpoints from a hub: downloaded through its own library and cache, or only looked at from afar."""
+"""Checkpoints from a hub: downloaded through its own library and cache, or only inspected remotely."""
 
 import os
 import re
@@ -18,23 +18,23 @@ from ..checkpoint_internlm_xcomposer2 import (
 HUBS = ("huggingface", "modelscope")
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_BLOCK = 1 << 18  # bytes that are read from afar at a time
+_BLOCK = 1 << 18  # bytes that are read remotely at a time
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether this names a repository (`owner/name`) and no directory."""
+    """Whether this names a repository (`owner/name`), not a directory."""
     return not os.path.exists(source) and bool(_HUB_ID.fullmatch(source))
 
 
 def fetch(source: str, hub: str = "huggingface", revision: str | None = None, subfolder: str = "") -> Path:
     """The directory of a checkpoint, which is downloaded into the hub's own cache if it is a hub id.
 
-    Only what a checkpoint needs is downloaded, `.bin` weights only where there are no safetensors.
+    Only what a checkpoint needs is downloaded, `.bin` weights only if there are no safetensors.
 
     Args:
         hub: `"huggingface"`, or `"modelscope"`, which needs the package of that name.
         revision: a branch, tag or commit of the repository.
-        subfolder: where in the repository or directory the checkpoint lies.
+        subfolder: where the checkpoint is in the repository or directory.
 
     Raises:
         FileNotFoundError: it is neither a directory nor on that hub, or the hub can't be reached.
@@ -53,12 +53,12 @@ def fetch(source: str, hub: str = "huggingface", revision: str | None = None, su
 def fetch_description(
     source: str, hub: str = "huggingface", revision: str | None = None, subfolder: str = ""
 ) -> tuple[Path, dict[str, TensorHeader] | None]:
-    """As `fetch`, but of a repository on Hugging Face only the small files, and the headers of its weights.
+    """Like `fetch`, but for a Hugging Face repository only its small files and the headers of its weights.
 
     Raises:
         FileNotFoundError: it is neither a directory nor on that hub, or the hub can't be reached.
         ImportError: `modelscope` is not installed.
-        ValueError: a file of weights can't be read.
+        ValueError: a weight file can't be read.
     """
     if not is_hub_id(source) or hub != "huggingface":
         return fetch(source, hub, revision, subfolder), None
@@ -77,22 +77,22 @@ def _local(source: str, subfolder: str) -> Path:
 def download(
     repository: str, patterns: tuple[str, ...], hub: str, revision: str | None, subfolder: str
 ) -> Path:
-    """Files of a repository that fit the patterns -> the directory in the hub's cache that holds them."""
+    """Files of a repository that match the patterns -> the directory in the hub's cache that holds them."""
     prefix = f"{subfolder}/" if subfolder else ""
     wanted = [prefix + pattern for pattern in patterns]
     try:
         root = _downloader(hub)(repository, revision=revision, allow_patterns=wanted)
     except (OSError, ValueError) as error:
-        remedy = "" if hub == "modelscope" else "; if it lies on ModelScope, add --from modelscope"
+        remedy = "" if hub == "modelscope" else "; if it is on ModelScope, add --from modelscope"
         raise FileNotFoundError(
-            f"{repository} is no directory here, and not to be had from {hub}: {error}{remedy}"
+            f"{repository} is not a directory here, and can't be downloaded from {hub}: {error}{remedy}"
         ) from error
     return Path(root, subfolder)
 
 
 def _downloader(hub: str):
     if hub not in HUBS:
-        raise ValueError(f"unknown hub {hub!r}; it is one of {', '.join(HUBS)}")
+        raise ValueError(f"unknown hub {hub!r}; choose one of {', '.join(HUBS)}")
     if hub == "huggingface":
         return snapshot_download
     try:
@@ -102,21 +102,21 @@ def _downloader(hub: str):
     return modelscope_download
 
 
-# ---- from afar ----
+# ---- remote files ----
 
 
 def remote_headers(
     repository: str, folder: Path, revision: str | None = None, prefix: str = ""
 ) -> dict[str, TensorHeader]:
-    """The headers of a repository's weights; of the files themselves only the ranges that hold them are read.
+    """The headers of a repository's weights; only the ranges of the files that hold them are read.
 
     Args:
-        folder: the local directory with the repository's small files, an index of shards among them.
+        folder: the local directory with the repository's small files, including a shard index.
         prefix: of the names of the files in the repository.
 
     Raises:
         FileNotFoundError: the repository has no weights.
-        ValueError: a file of weights can't be read.
+        ValueError: a weight file can't be read.
     """
     headers: dict[str, TensorHeader] = {}
     for name in _weight_names(repository, folder, revision, prefix):
@@ -124,7 +124,7 @@ def remote_headers(
         try:
             headers.update(read(repository, prefix + name, revision))
         except Exception as error:  # each format, and the network, raises its own kinds
-            raise ValueError(f"{repository}: {name} can't be read as a file of weights: {error}") from error
+            raise ValueError(f"{repository}: {name} can't be read as a weight file: {error}") from error
     return headers
 
 

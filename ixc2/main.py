@@ -1,4 +1,4 @@
-"""The command `ixc2`: adopt a published checkpoint, or say what it is."""
+"""The command `ixc2`: adopt a published checkpoint, or describe it."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ PICTURE = "3840x2160"
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit status is 0, or 1 after an error, which is printed as one line."""
     options = _parser().parse_args(arguments)
-    # An exception instead of a sudden death, so that what is half-written is removed.
+    # Raise instead of dying at once, so that half-written files are removed.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         options.run(options)
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser(
         "adopt",
-        help="make a published checkpoint into a directory that transformers 5 loads",
+        help="turn a published checkpoint into a directory that transformers 5 loads",
         description="Write a directory that any user of transformers 5 can load. The source is never "
         "changed. Running it again checks the directory and completes it.",
     )
@@ -54,14 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--copy",
         action="store_true",
-        help="copy the weights, not link them; writing into a linked file changes it in both places",
+        help="copy the weights instead of linking them; writing to a linked file changes it in both places",
     )
-    command.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model, where SRC has none")
+    command.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model, if SRC has none")
     command.add_argument(
         "--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of a converted file; default: 5GB"
     )
     command.set_defaults(run=_adopt)
-    command = commands.add_parser("inspect", help="say what a checkpoint is, by the headers of its weights")
+    command = commands.add_parser("inspect", help="describe a checkpoint by the headers of its weights")
     _add_source(command)
     command.add_argument("--json", action="store_true", help="print everything as one JSON object")
     command.add_argument(
@@ -75,15 +75,15 @@ def _add_source(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="SRC", help="a checkpoint's directory or hub id (owner/name)")
     command.add_argument("--from", dest="hub", choices=HUBS, default=HUBS[0], help="the hub of an id")
     command.add_argument("--revision", help="branch, tag or commit on the hub")
-    command.add_argument("--subfolder", default="", help="where in SRC the checkpoint lies")
-    command.add_argument("--num-attention-heads", type=int, metavar="N", help="where config.json doesn't say")
+    command.add_argument("--subfolder", default="", help="where the checkpoint is in SRC")
+    command.add_argument("--num-attention-heads", type=int, metavar="N", help="if config.json doesn't say")
 
 
 def _size(text: str) -> tuple[int, int]:
     """`WIDTHxHEIGHT` -> (height, width)."""
     found = re.fullmatch(r"(\d+)x(\d+)", text)
     if not found or "0" in found.groups():
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as {PICTURE}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as {PICTURE}")
     return int(found[2]), int(found[1])
 
 
@@ -91,7 +91,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def default_target(source: str, subfolder: str) -> Path:
-    """`NAME-ixc2` in the working directory, where NAME is the last part of the source's path or id."""
+    """`NAME-ixc2` in the working directory; NAME is the last part of the source's path or id."""
     return Path.cwd() / "-".join([Path(source).resolve().name, *Path(subfolder).parts, "ixc2"])
 
 
@@ -121,7 +121,7 @@ def _print_what_was_done(adoption: Adoption) -> None:
     for name in adoption.removed:
         print(f"removed {name}, which is no longer needed")
     for name in adoption.kept:
-        print(f"kept {name}, which was changed after it was written; delete it to get it anew")
+        print(f"kept {name}, which was changed after it was written; delete it and run again to restore it")
     print(f"load it: AutoModel.from_pretrained({str(target)!r}, trust_remote_code=True)")
 
 
@@ -141,7 +141,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def describe(findings: Findings) -> list[str]:
-    """What a checkpoint is, in plain words."""
+    """A checkpoint described in plain words."""
     config, text = findings.config, findings.config.text_config
     kind = "tiles" if config.is_tiled else "one square"
     num_bytes = sum(header.num_bytes for header in findings.headers.values())

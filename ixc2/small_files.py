@@ -21,7 +21,7 @@ from ..processing_internlm_xcomposer2 import InternLMXComposer2Processor
 from ..tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
 from .examine import Findings
 
-# The modules of the package, and the files of nano beside them.
+# The modules of the package, and nano's files beside them.
 PACKAGE = Path(__file__).resolve().parents[1]
 _PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -29,26 +29,26 @@ _PROCESSOR_FILES = (
     "processor_config.json",
     "chat_template.jinja",
 )
-# LMDeploy tells the versions by which of the published transforms it finds in this module.
+# LMDeploy distinguishes the versions by which of the published transforms it finds in this module.
 _TRANSFORMS = "ixc_utils.py"
 FOREIGN_TRANSFORMS = {"2": ("Image_transform", "HD_transform"), "2-4khd": ("Image_transform",)}
-# Files of a checkpoint that travel with its weights unchanged.
+# Files of a checkpoint that are copied along with its weights unchanged.
 _TRAVELLING = ("LICENSE*", "NOTICE*", "README.md", "quantize_config.json", "quant_config.json")
-# What a published generation_config.json says of other things: `max_length` limits a prompt there.
+# What a published generation_config.json says about other things: its `max_length` limits a prompt.
 _NOT_GENERATION = ("max_length", "transformers_version", "_from_model_config")
 
 
 def describe_checkpoint(
     findings: Findings, tokenizer: Path | None = None
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """Every small file of an adopted directory by name, and what is missing in plain words.
+    """Every small file of an adopted directory by name, and what is missing, in plain words.
 
     Args:
-        tokenizer: a `tokenizer.model` to use where the checkpoint has none.
+        tokenizer: a `tokenizer.model` to use if the checkpoint has none.
 
     Raises:
         FileNotFoundError: `tokenizer` doesn't exist.
-        ValueError: the vocabulary is not of this family, or doesn't fit the weights.
+        ValueError: the vocabulary isn't one of this family, or doesn't fit the weights.
     """
     notes: list[str] = []
     files = _modules(findings.config.version)
@@ -79,7 +79,7 @@ def _modules(version: str) -> dict[str, bytes]:
 
 
 def without_functions(source: bytes, names: tuple[str, ...]) -> bytes:
-    """A module's source without its functions of these names."""
+    """A module's source without the functions with these names."""
     lines = source.splitlines(keepends=True)
     for node in reversed(ast.parse(source).body):
         if isinstance(node, ast.FunctionDef) and node.name in names:
@@ -91,11 +91,9 @@ def _read_json(path: Path) -> dict:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; correct or remove it") from error
+        raise ValueError(f"{path} is not JSON: {error}; fix or remove it") from error
     if not isinstance(fields, dict):
-        raise ValueError(
-            f"{path} holds a {type(fields).__name__} and not fields by name; correct or remove it"
-        )
+        raise ValueError(f"{path} holds a {type(fields).__name__}, not fields by name; fix or remove it")
     return fields
 
 
@@ -105,10 +103,10 @@ def json_bytes(content: dict) -> bytes:
 
 
 def _fields_beside(findings: Findings, name: str, notes: list[str]) -> dict:
-    """A JSON file of the checkpoint, empty where it has none."""
+    """A JSON file of the checkpoint, empty if it has none."""
     if (findings.source / name).is_file():
         return _read_json(findings.source / name)
-    notes.append(f"no {name}: written with this package's own fields")
+    notes.append(f"no {name}: written with this package's defaults")
     return {}
 
 
@@ -125,7 +123,7 @@ def _config_bytes(findings: Findings) -> bytes:
 
 
 def _generation_fields(findings: Findings, notes: list[str]) -> dict:
-    """The checkpoint's own settings, and ends at which an answer stops."""
+    """The checkpoint's own settings, and the tokens at which an answer stops."""
     text = findings.config.text_config
     own = _fields_beside(findings, "generation_config.json", notes)
     fields = {name: value for name, value in own.items() if name not in _NOT_GENERATION}
@@ -144,21 +142,21 @@ def _tokenizer_files(findings: Findings, given: Path | None, notes: list[str]) -
     """The vocabulary, and a `tokenizer_config.json` with our class and the checkpoint's own fields."""
     ours = _read_json(PACKAGE / "tokenizer_config.json")
     own = _fields_beside(findings, "tokenizer_config.json", notes)
-    side = {"padding_side": ours["padding_side"]}  # what pipelines pad batches by
+    side = {"padding_side": ours["padding_side"]}  # pipelines pad batches by it
     fields = {**side, **own, "tokenizer_class": ours["tokenizer_class"], "auto_map": ours["auto_map"]}
     files = {"tokenizer_config.json": json_bytes(fields)}
     for name in ("added_tokens.json", "special_tokens_map.json"):
         if (findings.source / name).is_file():
             files[name] = (findings.source / name).read_bytes()
     if given is not None and not given.is_file():
-        raise FileNotFoundError(f"{given} is not a file; --tokenizer takes a tokenizer.model")
+        raise FileNotFoundError(f"{given} is not a file; --tokenizer needs a tokenizer.model")
     path = given or findings.source / "tokenizer.model"
     if path.is_file():
         files["tokenizer.model"] = path.read_bytes()
     else:
         notes.append(
-            "no tokenizer.model: the model loads, its tokenizer doesn't; "
-            "take the file from a checkpoint of the family and run again with --tokenizer"
+            "no tokenizer.model: the model loads, but its tokenizer doesn't; "
+            "get the file from a checkpoint of the family and run again with --tokenizer"
         )
     return files
 
@@ -176,7 +174,7 @@ def _processor_files(config: InternLMXcomposer2Config) -> dict[str, bytes]:
 
 
 def _with_numbers_of(config: InternLMXcomposer2Config, fields: dict) -> dict:
-    """These fields, nested ones too, with the numbers that the processor has for this configuration."""
+    """These fields, nested ones included, with the processor's numbers for this configuration."""
     image_processor = InternLMXComposer2ImageProcessor.for_config(config)
     known = {"image_token_id": config.image_token_id, **vars(image_processor)}
     numbers = {name: known[name] for name in fields if name in known and name != "auto_map"}
@@ -185,7 +183,7 @@ def _with_numbers_of(config: InternLMXcomposer2Config, fields: dict) -> dict:
 
 
 def _check_by_loading(files: dict[str, bytes], findings: Findings) -> None:
-    """Load tokenizer and processor from the files, so that a fault shows before anything is in place."""
+    """Load tokenizer and processor from the files, so that errors show before anything is in place."""
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             Path(folder, name).write_bytes(content)
@@ -194,6 +192,6 @@ def _check_by_loading(files: dict[str, bytes], findings: Findings) -> None:
         if tokenizer.vocab_size > num_rows:
             raise ValueError(
                 f"tokenizer.model has {tokenizer.vocab_size} pieces, but the weights have {num_rows} "
-                "embeddings: it belongs to another checkpoint; name the right one with --tokenizer"
+                "embeddings: it belongs to another checkpoint; pass the right one with --tokenizer"
             )
         InternLMXComposer2Processor.from_pretrained(folder)

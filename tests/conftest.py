@@ -60,7 +60,7 @@ def tiny() -> Callable[..., InternLMXComposer2ForCausalLM]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> InternLMXComposer2Tokenizer:
-    """The small vocabulary, decoded as it stands; modules with another one have a fixture of their own."""
+    """The small vocabulary, decoded as it is; modules with another one have their own fixture."""
     return InternLMXComposer2Tokenizer(str(ROOT / "tokenizer.model"), clean_up_tokenization_spaces=False)
 
 
@@ -72,13 +72,13 @@ def model() -> InternLMXComposer2ForCausalLM:
 
 @pytest.fixture(scope="session")
 def processor(model, tokenizer) -> InternLMXComposer2Processor:
-    """Of `model`, with the small vocabulary. Shared: don't change it."""
+    """The processor of `model`, with the small vocabulary. Shared: don't change it."""
     return InternLMXComposer2Processor.for_config(model.config, tokenizer)
 
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    """A folder with a lying and a standing picture."""
+    """A folder with a landscape and a portrait picture."""
     for name, size in (("wide.png", (130, 60)), ("tall.jpg", (40, 150))):
         pixels = np.random.RandomState(size[0]).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / name)

@@ -37,7 +37,7 @@ def message_row(content="What?", answer="A cat", **more) -> dict:
 
 
 def row_of(*texts: str, media=(), system: str | None = None) -> Row:
-    """A row of questions and answers in turn."""
+    """A row of alternating questions and answers."""
     turns = [Turn(role, text) for role, text in zip(cycle(("user", "assistant")), texts, strict=False)]
     head = [] if system is None else [Turn("system", system)]
     return Row(Path("data.json"), 0, (*head, *turns), tuple(map(str, media)))

@@ -19,7 +19,7 @@ from finetune.arguments import ModelArguments
 from finetune.freezing import freeze, hold_trained_in_float32
 from finetune.lora import add_lora
 
-# More local tiles than the tower takes at once where it isn't shared out.
+# More local tiles than the tower encodes at once if it isn't sharded.
 GRID = (3, 3)
 
 
@@ -30,7 +30,7 @@ def batches(model) -> list[dict]:
 
 
 def shard(model, **settings):
-    """The model shared out as `finetune/configs/fsdp2.yaml` has it done."""
+    """The model sharded as in `finetune/configs/fsdp2.yaml`."""
     for module in list(model.modules()):
         if type(module).__name__ in ("InternLM2DecoderLayer", "CLIPEncoderLayer"):
             fully_shard(module, **settings)
@@ -38,7 +38,7 @@ def shard(model, **settings):
 
 
 def sharded_step(target: Path) -> dict:
-    """Loss and gradients of a model that is shared out and saved, each rank with a batch of its own kind."""
+    """Loss and gradients of a model that is sharded and saved, each rank with a different kind of batch."""
     model = tiny_model("2.5", plora_dropout=0.0).train()
     freeze(model, ModelArguments("", fix_vit=False))
     batch = batches(model)[dist.get_rank()]
@@ -60,7 +60,7 @@ def sharded_step(target: Path) -> dict:
 
 
 def sharded_lora() -> dict:
-    """A step of LoRA in float32 on a frozen model in bfloat16, shared out and computed in bfloat16."""
+    """A step of LoRA in float32 on a frozen model in bfloat16, sharded and computed in bfloat16."""
     arguments = ModelArguments("", train="lora", lora_r=2, fix_sampler=False)
     model = tiny_model("2.5", plora_dropout=0.0).to(torch.bfloat16)
     batch = batches(model)[dist.get_rank()]

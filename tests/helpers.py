@@ -1,4 +1,4 @@
-"""Shared by the tests: where goldens lie, checkpoints made from their recipe, and small models."""
+"""Shared by the tests: where the goldens are, checkpoints made from their recipe, and small models."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ VERSION_OF_FAMILY = {"2": "2", "vl": "2", "4khd": "2-4khd", "2d5": "2.5", "2d5-o
 
 
 def golden_directory() -> Path:
-    """The full set of goldens if `IXC2_GOLDEN` names one, else the part that lies in the repository."""
+    """The full set of goldens if `IXC2_GOLDEN` names one, else the part in the repository."""
     return Path(os.environ.get("IXC2_GOLDEN") or HERE / "golden")
 
 
@@ -166,7 +166,7 @@ def tiny_config(version: str = "2.5", **fields):
 
 
 def tiny_model(version: str = "2.5", seed: int = 0, **fields):
-    """The model of `tiny_config` in evaluation mode, with weights large enough that every part shows."""
+    """The model of `tiny_config` in evaluation mode, with weights so large that every part matters."""
     from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 
     with torch.random.fork_rng():
@@ -235,7 +235,7 @@ def published_weights(model):
 
 
 def flat_config(model):
-    """What a published file would say of a tiny model."""
+    """What a published file would say about a tiny model."""
     config = model.config
     fields = {name: getattr(config, name) for name in family_config("2")["config"] if hasattr(config, name)}
     if config.version != "2":
@@ -265,7 +265,7 @@ def content_of(directory: Path) -> dict[str, str]:
 
 
 def picture_inputs(model, grids: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """What `forward` takes: one random prompt with random pictures; squares have no grid."""
+    """The inputs of `forward`: one random prompt with random pictures; squares have no grid."""
     pixel_values, image_grid_hw = random_pictures(model, grids)
     ids = torch.tensor([prompt_with_pictures(model, grids)])
     return {"input_ids": ids, "pixel_values": pixel_values, "image_grid_hw": image_grid_hw}

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ files made by the formats' rules, independently of the code that reads them."""
+"""GPTQ and AWQ files made according to the formats, independently of the code that reads them."""
 
 import numpy as np
 import torch

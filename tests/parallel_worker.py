@@ -36,7 +36,7 @@ def local_size(weight: torch.Tensor) -> int:
 
 
 def nano_answers(save_directory: str) -> dict:
-    """Nano through its methods; each rank has a random state of its own."""
+    """Nano through its methods; each rank has a different random state."""
     share = DistributedConfig(tp_plan="auto")
     model = InternLMXComposer2ForCausalLM.from_pretrained(ROOT, dtype="float32", distributed_config=share)
     tokenizer = InternLMXComposer2Tokenizer(str(ROOT / "tokenizer.model"))

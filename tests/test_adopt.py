@@ -1,4 +1,4 @@
-"""Published checkpoints made into directories that load: every layout, twice, converted, and refused."""
+"""Published checkpoints turned into directories that load: every layout, twice, converted, and rejected."""
 
 import json
 import os
@@ -153,7 +153,7 @@ for name in ("Image_transform", "HD_transform", "Video_transform"):
         ("2.5", ["Image_transform", "HD_transform", "Video_transform"]),
     ],
 )
-def test_a_loader_that_tells_versions_by_their_transforms_sees_the_published_ones(tmp_path, version, seen):
+def test_a_loader_that_detects_versions_by_transforms_sees_the_published_ones(tmp_path, version, seen):
     """As LMDeploy's does. The model itself doesn't miss what is left out."""
     published_source(tmp_path / "source", version)
     adopt(tmp_path / "source", tmp_path / "target")
@@ -170,7 +170,7 @@ def test_a_loader_that_tells_versions_by_their_transforms_sees_the_published_one
 
 
 @pytest.mark.parametrize("refused", [["link"], ["link", "symlink"]])
-def test_without_links_of_one_kind_the_next_is_taken(tmp_path, monkeypatch, refused):
+def test_without_links_of_one_kind_the_next_kind_is_used(tmp_path, monkeypatch, refused):
     published_source(tmp_path / "source")
 
     def refuse(*_):
@@ -191,7 +191,7 @@ def test_the_package_carries_every_file_that_an_adopted_directory_copies():
     assert {name for name in named if (ROOT / name).is_file()} <= carried
 
 
-def test_own_settings_of_the_checkpoint_survive(tmp_path):
+def test_the_checkpoints_own_settings_survive(tmp_path):
     published_source(tmp_path / "source", changes={"use_cache": False, "max_length": 1234})
     for name, fields in {
         "generation_config.json": {"eos_token_id": 2, "max_length": 1600, "temperature": 0.5},
@@ -210,8 +210,8 @@ def test_own_settings_of_the_checkpoint_survive(tmp_path):
 
 
 @pytest.mark.parametrize("version", ["2", "2-4khd", "2.5"])
-def test_the_processor_is_that_of_the_checkpoint(tmp_path, version):
-    """Not that of the package, whose files it is written from: same prompts and pixels as `chat`."""
+def test_the_processor_is_the_checkpoints_own(tmp_path, version):
+    """Not the package's, whose files it is written from: same prompts and pixels as `chat`."""
     model = published_source(tmp_path / "source", version)
     adopt(tmp_path / "source", tmp_path / "target")
     processor = AutoProcessor.from_pretrained(tmp_path / "target", trust_remote_code=True)
@@ -259,7 +259,7 @@ def test_without_a_configuration_everything_but_the_heads_is_in_the_weights(tmp_
     torch.testing.assert_close(logits_of(loaded), logits_of(model), rtol=0, atol=1e-6)
 
 
-def test_heads_that_nobody_names_are_asked_for(tmp_path):
+def test_an_unknown_number_of_heads_is_asked_for(tmp_path):
     model = published_source(
         tmp_path / "source", changes={"num_attention_heads": ..., "num_key_value_heads": ...}
     )
@@ -281,7 +281,7 @@ def test_shards_without_an_index_get_one(tmp_path, kind):
     index.unlink()
     with pytest.raises(FileNotFoundError, match=f"no index.*ixc2 adopt {tmp_path / 'source'}$"):
         AutoModel.from_pretrained(tmp_path / "source")
-    assert "no index of the shards" in adopt(tmp_path / "source", tmp_path / "target").notes
+    assert "no shard index" in adopt(tmp_path / "source", tmp_path / "target").notes
     assert read_json(tmp_path / "target" / index.name)["weight_map"] == recorded
     assert torch.equal(logits_of(AutoModel.from_pretrained(tmp_path / "target")), logits_of(model))
 
@@ -343,7 +343,7 @@ def test_a_second_run_completes_and_leaves_changes_alone(tmp_path):
     assert content_of(target).keys() == before.keys()
 
 
-def test_conversion_later_takes_the_place_of_the_links(tmp_path):
+def test_a_later_conversion_replaces_the_links(tmp_path):
     model = published_source(tmp_path / "source", kind="bin", shards=2)
     before = content_of(tmp_path / "source")
     adopt(tmp_path / "source", tmp_path / "target")
@@ -355,7 +355,7 @@ def test_conversion_later_takes_the_place_of_the_links(tmp_path):
     assert torch.equal(logits_of(AutoModel.from_pretrained(tmp_path / "target")), logits_of(model))
 
 
-# ---- what is refused ----
+# ---- what is rejected ----
 
 
 def _truncate(path: Path) -> None:
@@ -364,25 +364,25 @@ def _truncate(path: Path) -> None:
 
 FAULTS = {
     "no weights": ({}, lambda s, t: (s / "model.safetensors").unlink(), "no weights in"),
-    "no directory": ({}, lambda s, t: shutil.rmtree(s), "is no directory"),
+    "no directory": ({}, lambda s, t: shutil.rmtree(s), "is not a directory"),
     "lost shard": (
         {"shards": 3},
         lambda s, t: (s / "model-00002-of-00003.safetensors").unlink(),
         "lacks 1 of its 3 shards: model-00002-of-00003",
     ),
-    "cut safetensors": ({}, lambda s, t: _truncate(s / "model.safetensors"), "can't be read as a file"),
-    "cut bin": ({"kind": "bin"}, lambda s, t: _truncate(s / "pytorch_model.bin"), "can't be read as a file"),
+    "cut safetensors": ({}, lambda s, t: _truncate(s / "model.safetensors"), "read as a weight file"),
+    "cut bin": ({"kind": "bin"}, lambda s, t: _truncate(s / "pytorch_model.bin"), "read as a weight file"),
     "broken index": (
         {"shards": 2},
         lambda s, t: (s / "model.safetensors.index.json").write_text("{}"),
-        "can't be read as an index",
+        "can't be read as a shard index",
     ),
     "index of another": (
         {"shards": 2},
         lambda s, t: _name_in_index(s / "model.safetensors.index.json"),
-        "names 1 tensors that lie in no shard: lost.weight",
+        "names 1 tensors that are in no shard: lost.weight",
     ),
-    "broken config": ({}, lambda s, t: (s / "config.json").write_text("{"), "is no JSON.*ixc2 adopt"),
+    "broken config": ({}, lambda s, t: (s / "config.json").write_text("{"), "is not JSON.*ixc2 adopt"),
     "another model": (
         {"weights": {"lm_head.weight": torch.ones(2, 2)}},
         lambda s, t: None,
@@ -394,8 +394,12 @@ FAULTS = {
         "tokenizer.model",
     ),
     "full target": ({}, lambda s, t: _fill(t), "holds files that were not adopted; empty it"),
-    "file as target": ({}, lambda s, t: t.write_text("x"), "is a file; name another"),
-    "work in progress": ({}, lambda s, t: t.with_name("target.partial").mkdir(), "another run is at work"),
+    "file as target": ({}, lambda s, t: t.write_text("x"), "is a file; choose another"),
+    "work in progress": (
+        {},
+        lambda s, t: t.with_name("target.partial").mkdir(),
+        "another run is in progress",
+    ),
 }
 
 
@@ -425,12 +429,12 @@ def test_faults_are_named_and_nothing_is_written(tmp_path, fault, capsys):
     assert captured.err.startswith("ixc2: ") and not captured.out
 
 
-def test_source_and_target_must_lie_apart(tmp_path):
+def test_source_and_target_must_be_separate(tmp_path):
     source = tmp_path / "a" / "source"
     published_source(source)
     (tmp_path / "link").symlink_to(source)
     for target in (source, source / "inner", tmp_path / "a", tmp_path / "link", tmp_path / "link" / "inner"):
-        with pytest.raises(ValueError, match="lie in one another; name another directory"):
+        with pytest.raises(ValueError, match="inside the other; choose another target"):
             adopt(source, target)
 
 
@@ -439,7 +443,7 @@ def test_a_target_adopted_from_elsewhere_is_left_alone(tmp_path):
         published_source(tmp_path / name)
     adopt(tmp_path / "one", tmp_path / "target")
     before = content_of(tmp_path)
-    with pytest.raises(FileExistsError, match="was adopted from .*one and not from .*two"):
+    with pytest.raises(FileExistsError, match="was adopted from .*one, not from .*two"):
         adopt(tmp_path / "two", tmp_path / "target")
     assert content_of(tmp_path) == before
 
@@ -453,7 +457,7 @@ def test_a_damaged_record_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_run_that_breaks_off_leaves_nothing_behind(tmp_path, monkeypatch, again):
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch, again):
     published_source(tmp_path / "source", kind="bin", shards=2)
     target = tmp_path / "target"
     if again:
@@ -482,12 +486,12 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
     assert not (tmp_path / "target").exists()
 
 
-def test_a_given_tokenizer_takes_the_place_of_a_missing_one(tmp_path):
+def test_a_given_tokenizer_replaces_a_missing_one(tmp_path):
     published_source(tmp_path / "source", tokenizer=False)
-    with pytest.raises(FileNotFoundError, match="--tokenizer takes a tokenizer.model"):
+    with pytest.raises(FileNotFoundError, match="--tokenizer needs a tokenizer.model"):
         adopt(tmp_path / "source", tmp_path / "target", tokenizer=tmp_path / "none")
     adopt(tmp_path / "source", tmp_path / "target", tokenizer=ROOT / "tokenizer.model")
-    adopt(tmp_path / "source", tmp_path / "target")  # which would not take it away again
+    adopt(tmp_path / "source", tmp_path / "target")  # this must not remove it again
     assert (tmp_path / "target" / "tokenizer.model").read_bytes() == (ROOT / "tokenizer.model").read_bytes()
 
 

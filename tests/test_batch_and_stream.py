@@ -25,7 +25,7 @@ MARK = "<ImageHere>"
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"repetition_penalty": 1.4}])
 @pytest.mark.parametrize("version", ["2", "2-4khd", "2.5"])
 def test_a_batch_equals_single_calls(version, tokenizer, pictures, settings):
-    """Rows without pictures in both forms, with one, with several of other sizes, and with a history."""
+    """Rows without pictures in both forms, with one, with several of different sizes, and with a history."""
     model = tiny_model(version)
     queries = ["hi", f"{MARK}what is this, and why?", "a longer question of many words", f"{MARK}or {MARK}?"]
     images = [None, pictures[0], [], pictures[1:]]
@@ -63,7 +63,7 @@ def test_a_batch_samples_and_keeps_the_first_of_several(model, tokenizer, pictur
         ({"infer_mode": "web"}, ValueError, "needs the adapters web"),
     ],
 )
-def test_bad_batches_are_refused_before_any_compute(model, tokenizer, arguments, error, words):
+def test_bad_batches_are_rejected_before_any_compute(model, tokenizer, arguments, error, words):
     handles = [
         part.register_forward_pre_hook(lambda *_: pytest.fail("ran")) for part in (model.vit, model.model)
     ]
@@ -94,7 +94,7 @@ def test_a_stream_gives_the_answer_in_pieces(version, tokenizer, pictures):
     assert answer == model.chat(tokenizer, "and?", pictures[0], history=list(stream.history), **GREEDY)
 
 
-def test_a_stream_runs_only_when_read_and_stops_when_left(model, tokenizer, pictures):
+def test_a_stream_runs_only_when_read_and_stops_when_abandoned(model, tokenizer, pictures):
     steps = []
     handle = model.output.register_forward_hook(lambda *_: steps.append(1))
     before = threading.active_count()
@@ -110,7 +110,7 @@ def test_a_stream_runs_only_when_read_and_stops_when_left(model, tokenizer, pict
     handle.remove()
 
 
-def test_streams_refuse_beams_and_other_streamers(model, tokenizer):
+def test_streams_reject_beams_and_other_streamers(model, tokenizer):
     with pytest.raises(ValueError, match="num_beams is 2"):
         model.chat_stream(tokenizer, "hi", num_beams=2, **GREEDY)
     with pytest.raises(ValueError, match="has its own streamer"):
@@ -118,7 +118,7 @@ def test_streams_refuse_beams_and_other_streamers(model, tokenizer):
 
 
 def shown(tokenizer, ids: list[int]) -> list[str]:
-    """The texts of an answer with these ids, one by one, that ends as answers end."""
+    """The texts, one by one, of an answer with these ids that ends as answers end."""
     writer = AnswerWriter(tokenizer)
     streamer = EndMarkFilter(writer, [2, 5])
     streamer.put(torch.tensor([[1, 6]]))
@@ -138,7 +138,7 @@ def test_pieces_join_to_the_text_and_hold_whole_characters(tokenizer, text):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_half_a_character_at_the_end_is_not_shown(tokenizer):
+def test_an_incomplete_character_at_the_end_is_not_shown(tokenizer):
     ids = tokenizer("ok 😀", add_special_tokens=False)["input_ids"]
     assert "".join(shown(tokenizer, ids[:-1])) == "ok "
 

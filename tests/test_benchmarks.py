@@ -54,14 +54,14 @@ def test_prefill_and_decode(run):
 
 
 def test_useful_products_are_those_that_torch_counts(run, monkeypatch):
-    """Counted by torch's own counter: all but the half of attention above the diagonal."""
+    """Counted by torch's own counter: everything except the half of attention above the diagonal."""
     from torch.utils.flop_counter import FlopCounterMode
 
     prefill, common = importlib.import_module("prefill_decode"), importlib.import_module("common")
     model = common.build_model("tiny", naive=True)
     inputs = common.bare_prompt(model, (1, 1))
     num_tokens, num_image = inputs["im_mask"].shape[1], int(inputs["im_mask"].sum())
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:  # in place, it counts nothing
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:  # it doesn't count in-place products
         model(**inputs, logits_to_keep=1)
     text = model.config.text_config
     above = 2 * text.num_hidden_layers * text.hidden_size * num_tokens * (num_tokens - 1)
@@ -113,7 +113,7 @@ def test_a_batch(run):
 
 
 @pytest.mark.slow
-def test_rows_come_from_processes_of_their_own(tmp_path):
+def test_rows_come_from_separate_processes(tmp_path):
     command = [sys.executable, BENCHMARKS / "vision.py", *TINY, "--tiles", "1x1", "--pictures", "1"]
     command.remove("--same-process")
     result = subprocess.run(

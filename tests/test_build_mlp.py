@@ -1,4 +1,4 @@
-"""The tower encodes each tile once: repetitions are found by content, and change no number."""
+"""The tower encodes each tile once: repetitions are found by content, and change no numbers."""
 
 import pytest
 import torch

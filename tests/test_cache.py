@@ -1,4 +1,4 @@
-"""The cache that grows in place says what transformers' own says, and moves nothing it need not."""
+"""The cache that grows in place returns what transformers' own does, and moves nothing it need not."""
 
 import copy
 
@@ -50,7 +50,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("first", CHANGES)
 @pytest.mark.parametrize("second", CHANGES)
-def test_every_change_gives_what_the_library_gives(model, first, second):
+def test_every_change_gives_the_same_as_in_the_library(model, first, second):
     caches = both(model)
     for cache in caches:
         extend(cache, 2, 5, seed=0)
@@ -68,7 +68,7 @@ def test_every_change_gives_what_the_library_gives(model, first, second):
     assert_same(*caches)
 
 
-def test_a_step_writes_its_own_token_only(model):
+def test_a_step_writes_only_its_own_token(model):
     cache = GrowingCache(model.config)
     extend(cache, 1, 300, seed=0)
     places = [layer.keys.data_ptr() for layer in cache.layers]
@@ -92,7 +92,7 @@ def test_a_copy_is_independent(model):
 
 
 def test_beams_leave_their_prompt_in_place():
-    """Shown by spoiling what need not move: were it copied, each row would hold another's."""
+    """Shown by corrupting what need not move: if it were copied, each row would hold another's."""
     layer = GrowingLayer()
     layer.update(*states(1, 6, seed=0))
     layer.batch_repeat_interleave(3)
@@ -118,15 +118,15 @@ def test_beams_of_two_prompts_follow_only_their_own(model):
     assert_same(*caches)
 
 
-def test_other_rows_are_refused():
+def test_a_different_number_of_rows_is_rejected():
     layer = GrowingLayer()
     layer.update(*states(3, 2, seed=0))
-    with pytest.raises(ValueError, match="holds 3 rows, but 1 go on"):
+    with pytest.raises(ValueError, match="holds 3 rows, but got 1"):
         layer.update(*states(1, 1, seed=0))
     assert layer.get_seq_length() == 2
 
 
-def test_what_inference_mode_made_can_be_continued_outside():
+def test_a_cache_from_inference_mode_can_be_continued_outside():
     layer, plain = GrowingLayer(), GrowingLayer()
     with torch.inference_mode():
         layer.update(*states(1, 4, seed=0))
@@ -170,7 +170,7 @@ def test_generate_gives_the_same_with_it(model, settings):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_a_cache_has_either_name_without_a_word(model, name, recwarn, caplog):
+def test_a_cache_may_have_either_name_without_a_warning(model, name, recwarn, caplog):
     ids = torch.tensor([[1, 8, 9, 10]])
     expected = model(ids).logits[:, -1]
     for callee in (model, model.model):
@@ -188,7 +188,7 @@ def test_a_cache_has_either_name_without_a_word(model, name, recwarn, caplog):
 
 
 @pytest.mark.parametrize("method", ["forward", "generate"])
-def test_two_caches_at_once_are_refused(model, method):
+def test_two_caches_at_once_are_rejected(model, method):
     one, other = GrowingCache(model.config), GrowingCache(model.config)
     with pytest.raises(ValueError, match="cache and past_key_values"):
         getattr(model, method)(torch.tensor([[1, 8]]), cache=one, past_key_values=other)

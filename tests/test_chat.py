@@ -1,4 +1,4 @@
-"""`chat` and `stream_chat`: forms of call, prompts, and what is refused before anything is computed."""
+"""`chat` and `stream_chat`: ways to call them, prompts, and what is rejected before any computation."""
 
 import io
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_no_picture_and_an_empty_list_differ_in_bos(model, tokenizer):
     assert prompt_ids(tiny_model("2"), tokenizer, image=[])[:3] == [1, 1, BEGIN]
 
 
-def test_system_text_is_the_versions_habit(tokenizer):
+def test_system_text_follows_the_version(tokenizer):
     for version, expected in (("2.5", False), ("2", True), ("2-4khd", True)):
         system = system_text(version, None, META_INSTRUCTION)
         assert bool(system) is expected
@@ -91,7 +91,7 @@ def test_pure_prompt_functions(tokenizer):
 
 
 def forms_of(picture: Image.Image, folder: Path):
-    """The same picture in every form that callers keep it in."""
+    """The same picture in every form in which callers keep it."""
     path = folder / "picture.png"
     picture.save(path)
     pixels = np.array(picture)
@@ -154,7 +154,7 @@ def test_hd_num_defaults_and_wins(tokenizer, picture):
     assert prompt_ids(model, tokenizer, "x", large, hd_num=1).count(4) == model.num_image_tokens(1, 1)
 
 
-def test_a_text_that_spells_the_image_piece_is_no_picture(model, tokenizer, picture):
+def test_a_text_that_spells_the_image_piece_is_not_a_picture(model, tokenizer, picture):
     response, _ = model.chat(tokenizer, "what is [UNUSED_TOKEN_1]?", picture, **GREEDY)
     assert isinstance(response, str)
     assert isinstance(model.chat(tokenizer, "what is [UNUSED_TOKEN_1]?", **GREEDY)[0], str)
@@ -198,7 +198,7 @@ def test_a_video_is_one_picture(model, tokenizer):
         ({"query": "word " * 2000}, ValueError, "context holds 1024"),
     ],
 )
-def test_bad_input_is_refused_before_any_compute(model, tokenizer, picture, arguments, error, words):
+def test_bad_input_is_rejected_before_any_compute(model, tokenizer, picture, arguments, error, words):
     call = {"tokenizer": tokenizer, "query": "what?", "image": picture, **GREEDY, **arguments}
     before = dict(vars(model))
     handles = [
@@ -231,7 +231,7 @@ def test_a_prompt_beyond_the_context_says_what_would_fit(tokenizer, picture):
 
 
 @pytest.mark.parametrize("version", ["2", "2-4khd"])
-def test_older_versions_refuse_marks_without_pictures(version, tokenizer):
+def test_older_versions_reject_marks_without_pictures(version, tokenizer):
     for image in (None, []):
         with pytest.raises(ValueError, match="1 <ImageHere> marks.*0 pictures"):
             tiny_model(version).chat(tokenizer, "<ImageHere>what?", image, **GREEDY)
@@ -244,7 +244,7 @@ def test_arguments_of_generate_win(model, tokenizer, picture):
     assert model.chat(tokenizer, "what?", picture, **arguments)[0] == first
 
 
-def test_a_foreign_vocabulary_is_refused(tokenizer):
+def test_a_foreign_vocabulary_is_rejected(tokenizer):
     with pytest.raises(ValueError, match="tokenizer has 640 pieces but the model 100"):
         tiny_model("2.5", vocab_size=100, image_token_id=4).chat(tokenizer, "hi", **GREEDY)
     with pytest.raises(ValueError, match="is 5 but the model's is 900"):
@@ -262,7 +262,7 @@ def test_sampling_is_reproducible_and_differs(model, tokenizer, picture):
 
 
 @pytest.mark.parametrize("version", ["2", "2.5"])
-def test_streaming_ends_in_the_answer(version, tokenizer, picture):
+def test_streaming_ends_with_the_answer(version, tokenizer, picture):
     model = tiny_model(version)
     question = "<ImageHere>what?"
     steps = list(model.stream_chat(tokenizer, question, picture, do_sample=False, max_new_tokens=8))
@@ -272,12 +272,12 @@ def test_streaming_ends_in_the_answer(version, tokenizer, picture):
     assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
     plain = InternLMXComposer2Tokenizer(str(ROOT / "tokenizer.model"), clean_up_tokenization_spaces=False)
     whole, _ = model.chat(plain, question, picture, do_sample=False, max_new_tokens=8)
-    whole = whole.rstrip("\ufffd")  # an answer that is cut within a character ends before it
+    whole = whole.rstrip("\ufffd")  # an answer that is cut inside a character ends before it
     assert steps[-1] == (whole, [(question, whole)])
     assert whole.replace(" ", "") == expected[0].rstrip("\ufffd").replace(" ", "")
 
 
-def test_a_stream_can_be_left_early(model, tokenizer, picture):
+def test_a_stream_can_be_stopped_early(model, tokenizer, picture):
     counted = []
     handle = model.output.register_forward_hook(lambda *_: counted.append(1))
     stream = model.stream_chat(tokenizer, "what?", picture, do_sample=False, max_new_tokens=500)
@@ -310,8 +310,8 @@ def test_guessing_ahead_gives_the_same_answer(model, tokenizer, picture, image):
     assert model.chat(*call, **settings, assistant_model=assistant) == expected
 
 
-def test_nothing_is_dropped_behind_a_history_in_fourth_place(model, tokenizer):
-    with pytest.raises(TypeError, match="have to be named"):
+def test_nothing_is_dropped_after_a_history_in_fourth_place(model, tokenizer):
+    with pytest.raises(TypeError, match="must be passed by name"):
         model.chat(tokenizer, "hi", [], [("a", "b")], object())
 
 

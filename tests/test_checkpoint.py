@@ -1,4 +1,4 @@
-"""Checkpoints as they lie on disk: formats, dtypes, devices, faults, and the way back."""
+"""Checkpoints as they are on disk: formats, dtypes, devices, faults, and the way back."""
 
 import json
 import logging
@@ -166,12 +166,12 @@ def test_a_tensor_of_another_shape_is_listed(tmp_path):
         AutoModel.from_pretrained(tmp_path)
 
 
-def test_other_checkpoints_are_refused(tmp_path):
+def test_other_checkpoints_are_rejected(tmp_path):
     write_published(tmp_path, {"lm_head.weight": torch.ones(2, 2)}, published_config("2"))
     with pytest.raises(ValueError, match="not an InternLM-XComposer2 checkpoint: its 1 tensors lack"):
         AutoModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(ValueError, match="can't be read as a file of weights"):
+    with pytest.raises(ValueError, match="can't be read as a weight file"):
         AutoModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no weights in"):
@@ -229,8 +229,8 @@ class InternLM2Tokenizer(PreTrainedTokenizer):
 }
 
 
-def test_text_only_checkpoints_of_the_same_model_type_load_by_their_own_code(tmp_path):
-    """Their configuration, model and tokenizer are those beside them, with the caller's consent only."""
+def test_text_only_checkpoints_of_the_same_model_type_load_with_their_own_code(tmp_path):
+    """Their configuration, model and tokenizer come with them, and load only with the caller's consent."""
     names = {
         "AutoConfig": "configuration_internlm2.InternLM2Config",
         "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
@@ -281,7 +281,7 @@ def test_configuration_takes_flat_and_nested_fields():
     assert (khd.plora_wqkv_rank, khd.plora_wqkv_alpha, khd.plora_rank, khd.hd_num) == (8, 16, 256, 25)
 
 
-def test_settings_of_the_caller_survive_loading(tmp_path):
+def test_the_callers_settings_survive_loading(tmp_path):
     tiny_model("2.5").save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     config.use_cache, config.max_length = False, 77
@@ -297,7 +297,7 @@ def test_generation_stops_at_the_end_of_a_turn(checkpoint):
     assert model.generation_config.max_length is None
 
 
-def test_generation_stops_even_where_the_configuration_names_no_end(tmp_path):
+def test_generation_stops_even_if_the_configuration_names_no_end(tmp_path):
     model = tiny_model("2.5")
     fields = flat_config(model)
     del fields["eos_token_id"]
@@ -352,19 +352,19 @@ def test_remote_code_beside_a_checkpoint_without_network(tmp_path):
     assert "answered:" in result.stdout
 
 
-def test_an_unknown_version_is_refused():
+def test_an_unknown_version_is_rejected():
     with pytest.raises(ValueError, match="unknown version '3'.*2, 2-4khd, 2.5"):
         tiny_config("3")
 
 
-def test_writing_a_checkpoint_is_what_loading_reads(tmp_path, family_model):
+def test_a_written_checkpoint_is_what_loading_reads(tmp_path, family_model):
     directory = write_checkpoint(tmp_path / "2", "2", model_type="internlmxcomposer2")
     config = AutoConfig.from_pretrained(directory)
     assert type(config) is InternLMXcomposer2Config and config.version == "2"
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_the_type_of_the_file_can_be_asked_for(name):
+def test_the_type_of_the_file_can_be_requested(name):
     for kind in (InternLMXComposer2ForCausalLM, AutoModel):
         model = kind.from_pretrained(ROOT, **{name: "auto"})
         assert model.dtype == model.config.dtype == torch.float32
@@ -379,7 +379,7 @@ def test_the_type_of_the_file_can_be_asked_for(name):
     [(None, {"sft", "dpo", "web"}), (("web",), {"web"}), (["write"], {"sft", "dpo"}), ((), set())],
 )
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_only_the_adapters_asked_for_are_loaded(tmp_path, caplog, monkeypatch, kind, modes, names):
+def test_only_the_requested_adapters_are_loaded(tmp_path, caplog, monkeypatch, kind, modes, names):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     write_published(tmp_path, recipe_state_dict("2d5"), published_config("2d5"), kind=kind)
     whole = InternLMXComposer2ForCausalLM.from_pretrained(tmp_path)
@@ -416,8 +416,8 @@ def test_a_mode_that_was_not_loaded_names_the_argument(checkpoint):
 @pytest.mark.parametrize(
     ("adapters", "kind", "words"),
     [
-        (("sft",), ValueError, "'sft'; adapters takes write and web"),
-        (("base",), ValueError, "'base'; adapters takes write and web"),
+        (("sft",), ValueError, "'sft'; adapters accepts write and web"),
+        (("base",), ValueError, "'base'; adapters accepts write and web"),
         ("web", TypeError, "sequence of modes.*'web'"),
         ((1,), TypeError, "sequence of modes"),
     ],

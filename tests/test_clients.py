@@ -31,7 +31,7 @@ def tokenizer() -> InternLMXComposer2Tokenizer:
 
 @pytest.fixture
 def load(tokenizer):
-    """Version -> a tiny model of its own with the tokenizer set, as clients set it."""
+    """Version -> a separate tiny model with the tokenizer set, as clients set it."""
 
     def build(version: str, **fields) -> InternLMXComposer2ForCausalLM:
         model = tiny_model(version, **fields)
@@ -116,7 +116,7 @@ def test_vlmevalkit(version, load, tokenizer):
 
 @torch.no_grad()
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_model_turned_to_half_in_place(version, load):
+def test_a_model_converted_to_half_in_place(version, load):
     model = load(version).half()
     embeds, im_mask = vlmevalkit_prompt(model, [prepared(model), "Hi"])
     assert embeds.dtype == model.dtype == model.vit.dtype == torch.float16
@@ -171,7 +171,7 @@ def test_swift_overrides_the_tower_loader(monkeypatch, load):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_swift_hooks_move_what_tower_and_projector_give(version, load):
+def test_swift_hooks_move_what_tower_and_projector_return(version, load):
     model, seen = load(version), []
 
     def to_first_device(module, args, kwargs, output):
@@ -311,7 +311,7 @@ def test_gradio_composition(load, tokenizer):
     assert features.shape == (2, model.num_image_tokens(1, 2), 32)
     embeds = torch.cat([model.encode_text("", add_special_tokens=True), features[1][None]], dim=1)
     mask = torch.cat([torch.zeros(1, 1), torch.ones(1, features.shape[1])], dim=1)
-    # The demo takes the prompt's length from its budget, which may leave nothing.
+    # The demo subtracts the prompt's length from its budget, which may leave nothing.
     outputs = model.generate(inputs_embeds=embeds, im_mask=mask, max_length=10 - embeds.shape[1])
     assert outputs.shape == (1, 2)
 
@@ -508,7 +508,7 @@ def test_the_tower_alone(version, load):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_lmdeploy_loads_the_vision_part_alone(load, tmp_path):
+def test_lmdeploy_loads_only_the_vision_part(load, tmp_path):
     whole = load("2.5")
     whole.save_pretrained(tmp_path)
     with init_empty_weights():
@@ -527,7 +527,7 @@ def test_lmdeploy_loads_the_vision_part_alone(load, tmp_path):
 
 
 @pytest.mark.slow
-def test_ixc_utils_is_a_module_of_its_own(tmp_path):
+def test_ixc_utils_is_a_standalone_module(tmp_path):
     code = (
         "from io import BytesIO; from PIL import Image\n"
         "from ixc_utils import HD_transform, Image_transform, R560_HD18_Identity_transform\n"

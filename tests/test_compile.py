@@ -1,4 +1,4 @@
-"""A step of decoding is one graph, with a static cache and with the growing one."""
+"""A decoding step is one graph, with a static cache and with the growing one."""
 
 import pytest
 import torch
@@ -34,14 +34,14 @@ def test_a_step_of_the_decoder_is_one_graph(kind):
 
 @torch.no_grad()
 def test_generation_with_a_static_cache_compiles_to_whole_graphs():
-    """With the graphs run by Python, which proves the graph and costs no compiler."""
+    """Python runs the graphs, which proves that they are whole without paying for a compiler."""
     model = tiny_model(num_hidden_layers=1)
     pixels, grids = random_pictures(model, [(1, 2)])
     ids = torch.tensor([prompt_with_pictures(model, [(1, 2)])])
     arguments = {"pixel_values": pixels, "image_grid_hw": grids, "max_new_tokens": 5}
     expected = model.generate(ids, **arguments)
     settings = CompileConfig(fullgraph=True, backend="eager", mode=None)
-    settings._compile_all_devices = True  # generate compiles for accelerators only, unless told
+    settings._compile_all_devices = True  # by default generate compiles for accelerators only
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     found = model.generate(ids, **arguments, cache_implementation="static", compile_config=settings)
     assert torch.equal(found, expected)

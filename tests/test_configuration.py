@@ -1,4 +1,4 @@
-"""What the configuration says once for all copies of itself."""
+"""What the configuration says once for all its copies."""
 
 import logging
 import os
@@ -13,14 +13,14 @@ from internlm_xcomposer2.configuration_internlm_xcomposer2 import TESTED_TRANSFO
 
 @pytest.fixture
 def warnings_said(caplog, monkeypatch):
-    """What the package's logger says, which doesn't hand it on to the root logger by itself."""
+    """What the package's logger says; by itself it doesn't pass that on to the root logger."""
     logger = logging.getLogger("internlm_xcomposer2")
     monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     return caplog
 
 
-def test_a_release_that_no_test_has_seen_is_named_once(warnings_said):
+def test_an_untested_release_is_named_once(warnings_said):
     for _ in range(2):
         warn_of_untested("97.31.1", "97.30")
     for seen in ("97.30.0", "97.30.9", "97.29.4", "96.99.0"):
@@ -42,7 +42,7 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_remote_code_says_it_too_and_once_for_all_its_copies(tmp_path):
+def test_remote_code_warns_too_and_once_for_all_its_copies(tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         for file in ROOT.glob("*.py"):
@@ -54,7 +54,7 @@ def test_remote_code_says_it_too_and_once_for_all_its_copies(tmp_path):
     assert len(re.findall(f"97.31.1 is newer than {re.escape(TESTED_TRANSFORMERS)}", run.stderr)) == 1
 
 
-def test_the_release_that_is_called_tested_is_that_of_the_lock():
+def test_the_tested_release_is_that_of_the_lock():
     lock = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     locked = re.findall(r"^transformers==(\d+\.\d+)", lock, re.MULTILINE)
     assert TESTED_TRANSFORMERS in locked

@@ -1,4 +1,4 @@
-"""One model on several devices and in several processes gives what it gives on one."""
+"""A model on several devices and in several processes gives the same as on one."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_a_model_that_outgrows_memory_gives_the_same_numbers(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 0.8])
-def test_nano_chats_where_it_outgrows_memory(nano, tokenizer, tmp_path, share):
+def test_nano_chats_when_it_outgrows_memory(nano, tokenizer, tmp_path, share):
     model = InternLMXComposer2ForCausalLM.from_pretrained(
         ROOT,
         dtype="float32",
@@ -127,7 +127,7 @@ def test_nano_chats_where_it_outgrows_memory(nano, tokenizer, tmp_path, share):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, checkpoint) -> list[dict]:
-    """What two processes that share the models gave, by rank; nano as they saved it under `saved`."""
+    """What two processes that share the models returned, by rank; under `saved`, nano as they saved it."""
     out = tmp_path_factory.mktemp("shared")
     modes = {"2d5": ["base", "write", "web"]}
     job = {
@@ -184,7 +184,7 @@ def test_each_process_holds_a_part(shared, nano):
 
 
 @pytest.mark.slow
-def test_processes_draw_the_same_tokens_from_different_random_states(shared):
+def test_processes_sample_the_same_tokens_from_different_random_states(shared):
     first, second = (ranked["nano"] for ranked in shared)
     assert first["drawn"] == second["drawn"]
     assert first["generated"] == second["generated"]
@@ -195,7 +195,7 @@ def test_processes_draw_the_same_tokens_from_different_random_states(shared):
 @pytest.mark.slow
 def test_a_shared_model_is_saved_whole_or_not_at_all(shared):
     refused = [ranked["nano"].get("refused") for ranked in shared]
-    if refused[0]:  # transformers before it cut models by DTensor
+    if refused[0]:  # transformers before it split models by DTensor
         assert "2 processes" in refused[0] and refused[0] == refused[1]
         assert not shared[0]["saved"].exists()
         return
@@ -248,12 +248,12 @@ def test_numbers_that_do_not_divide_are_named(monkeypatch, arguments, world, num
         ({"distributed_config": DistributedConfig(tp_size=2, fsdp_size=4)}, 2),
     ],
 )
-def test_between_how_many_processes_a_model_is_cut(monkeypatch, arguments, size):
+def test_how_many_processes_a_model_is_split_across(monkeypatch, arguments, size):
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert tensor_parallel_size(arguments) == size
 
 
-def test_processes_that_share_nothing_load_and_draw_as_ever(monkeypatch, nano, tokenizer):
+def test_processes_that_share_nothing_load_and_sample_as_usual(monkeypatch, nano, tokenizer):
     monkeypatch.setenv("WORLD_SIZE", "3")  # as under a data-parallel launcher
     model = InternLMXComposer2ForCausalLM.from_pretrained(ROOT, dtype="float32")
     with torch.random.fork_rng():

@@ -75,7 +75,7 @@ def examples_of(name: str) -> list[tuple[str, str]]:
 
 
 def printed_after(name: str) -> dict[str, str]:
-    """Block of Python -> the output that the page shows right behind it."""
+    """Block of Python -> the output that the page shows right after it."""
     text, shown = text_of(name), {}
     blocks = list(BLOCK.finditer(text))
     for block, output in zip(blocks, blocks[1:], strict=False):
@@ -86,7 +86,7 @@ def printed_after(name: str) -> dict[str, str]:
 
 
 def tables_of(name: str) -> list[list[list[str]]]:
-    """The cells of every table, without its head."""
+    """The cells of every table, without its header."""
     tables = re.findall(r"(?:^\|.*\n)+", BLOCK.sub("", text_of(name)), re.MULTILINE)
     return [[cells_of(line) for line in table.splitlines()[2:]] for table in tables]
 
@@ -96,7 +96,7 @@ def cells_of(line: str) -> list[str]:
 
 
 def rows_of(name: str, mark: str) -> list[list[str]]:
-    """The cells of the table after a mark, without its head."""
+    """The cells of the table after a mark, without its header."""
     table = text_of(name).split(f"<!-- {mark} -->\n\n")[1].split("\n\n")[0]
     return [cells_of(line) for line in table.splitlines()[2:]]
 
@@ -132,7 +132,7 @@ def test_the_quick_start_prints_what_it_says(tmp_path):
 
 @dataclass(frozen=True)
 class Ran:
-    """What the examples of a page came to: their variables and the web pages that they wrote."""
+    """What the examples of a page produced: their variables and the web pages that they wrote."""
 
     names: dict
     pages: set[str]
@@ -140,7 +140,7 @@ class Ran:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """What the examples need of the root, in a place where they may write."""
+    """What the examples need from the root, in a place where they may write."""
     folder = tmp_path_factory.mktemp("clone")
     for pattern in ("*.py", "*.json", "*.jinja", "*.safetensors", "tokenizer.model"):
         for path in ROOT.glob(pattern):
@@ -173,9 +173,9 @@ def writer():
 
 @pytest.fixture(scope="module")
 def run(clone, started, writer) -> Callable[[str], Ran]:
-    """Run a page's examples once, in order and in one namespace, but for those that can't run here.
+    """Run a page's examples once, in order and in one namespace, except those that can't run here.
 
-    It has the variables of the quick start where the page says so by a link to it.
+    The namespace has the variables of the quick start if the page links to it.
     """
     done: dict[str, Ran] = {}
 
@@ -217,7 +217,7 @@ def test_every_example_runs(page, run):
     run(page)
 
 
-def test_what_the_examples_come_to(run):
+def test_what_the_examples_produce(run):
     names = run("docs/methods.md").names
     assert names["loss"].isfinite() and names["stacked"].shape[0] == 2
     assert len(names["states"]) == 1 + len(names["model"].vit.vision_tower.vision_model.encoder.layers)
@@ -236,7 +236,7 @@ def test_the_readmes_are_short(name):
 
 
 def image_tokens(config: InternLMXcomposer2Config, hd_num: int | None, size: tuple[int, int]) -> int:
-    """How many tokens the package makes of one picture, given as (width, height)."""
+    """How many tokens the package makes of a picture, given as (width, height)."""
     if not config.is_tiled:
         return num_image_tokens(1, 1, config.tile_tokens_per_side, is_tiled=False)
     grid = Visual(image=Image.new("1", size)).grid(config, hd_num)

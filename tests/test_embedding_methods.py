@@ -81,7 +81,7 @@ def test_a_model_without_tokenizer_says_so():
         tiny_model("2").encode_text("Hi")
 
 
-def test_text2emb_takes_the_keyword_of_either_generation(model, tokenizer):
+def test_text2emb_accepts_the_keyword_of_either_generation(model, tokenizer):
     texts = [f"{USER}Hi{END}{ANSWER}Hello{END}</s>", f"{USER}Hi{END}{ANSWER}Yes, hello{END}</s>"]
     old, labels = model.text2emb(texts, add_special=True)
     new, same = model.text2emb(texts, add_special_tokens=True)
@@ -206,7 +206,7 @@ def test_the_tower_and_projector_are_called_so_that_hooks_see_them(model):
 
 
 def by_ids(model, texts, grids, seed=0):
-    """Logits of `forward` for texts with pictures of random tiles between them, BOS where it belongs."""
+    """Logits of `forward` for texts with pictures of random tiles between them, and BOS where it belongs."""
     pixel_values, image_grid_hw = random_pictures(model, grids, seed)
     ids = []
     for index, text in enumerate(texts):
@@ -338,7 +338,7 @@ def test_pictures_that_do_not_fit_their_conversations(model):
         model.interleav_wrap([[image, image], []], texts)
     with pytest.raises(ValueError, match="2 conversations but pictures for 3"):
         model.interleav_wrap([image] * 3, texts)
-    with pytest.raises(ValueError, match=r"image_nums \[1, 2\] must name 2 pictures"):
+    with pytest.raises(ValueError, match=r"image_nums \[1, 2\] must cover 2 pictures"):
         model.interleav_wrap([image] * 2, [texts], [1, 2])
 
 
@@ -365,7 +365,7 @@ def test_a_conversation_beyond_max_length_is_named_not_cut(tokenizer):
     model = tiny_model("2.5")
     model.tokenizer, model.max_length = tokenizer, 24
     texts = [conversation("1", "2"), conversation("1", "a word " * 20)]
-    with pytest.raises(ValueError, match=r"max_length 24, as row: tokens, are \{1: \d+\}"):
+    with pytest.raises(ValueError, match=r"max_length 24 \(row: tokens\): \{1: \d+\}"):
         model(samples={"text_input": texts, "data_type": ["text"]})
 
 

@@ -1,4 +1,4 @@
-"""What `ixc2 inspect` says of a checkpoint, near and far."""
+"""What `ixc2 inspect` says about a checkpoint, local or remote."""
 
 import json
 import os
@@ -45,7 +45,7 @@ FULL_SIZES = {
 
 
 @pytest.mark.parametrize("key", FULL_SIZES)
-def test_full_sizes_are_told_from_the_headers_alone(tmp_path, key):
+def test_full_sizes_are_known_from_the_headers_alone(tmp_path, key):
     config = InternLMXcomposer2Config(**FULL_SIZES[key])
     with torch.device("meta"):
         model = InternLMXComposer2ForCausalLM(config)
@@ -104,7 +104,7 @@ def test_what_is_printed(tmp_path, capsys):
     assert report["sizes"]["num_attention_heads"] == 4 and report["quantisation"] is None
     with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path), "--picture", "0x5"])
-    assert "is no size such as" in capsys.readouterr().err
+    assert "is not a size such as" in capsys.readouterr().err
 
 
 def test_the_documentation_shows_what_is_printed(monkeypatch, capsys):
@@ -122,7 +122,7 @@ def test_the_documentation_shows_what_is_printed(monkeypatch, capsys):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of a model hub as it takes to read the repositories `owner/*`, the folders of one directory."""
+    """As much of a model hub as is needed to read the repositories `owner/*`, folders of one directory."""
 
     def do_HEAD(self):
         self.answer()
@@ -243,14 +243,14 @@ def test_a_hub_that_lacks_the_repository_is_named(tmp_path, monkeypatch, capsys)
     for command in ("inspect", "adopt"):
         assert main([command, "owner/nothing"]) == 1
         error = capsys.readouterr().err
-        assert "owner/nothing is no directory here, and not to be had from huggingface" in error
+        assert "owner/nothing is not a directory here, and can't be downloaded from huggingface" in error
         assert "--from modelscope" in error
     assert main(["inspect", "no such place"]) == 1
     assert "neither a directory nor the id of a repository" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_modelscope_is_used_when_asked_for(tmp_path, monkeypatch, capsys):
+def test_modelscope_is_used_on_request(tmp_path, monkeypatch, capsys):
     published_source(tmp_path / "cache")
     calls = []
 
@@ -269,7 +269,7 @@ def test_modelscope_is_used_when_asked_for(tmp_path, monkeypatch, capsys):
     assert "pip install modelscope" in capsys.readouterr().err
 
 
-def test_files_of_a_subfolder_are_asked_for_by_its_name(tmp_path, monkeypatch):
+def test_files_of_a_subfolder_are_requested_by_its_name(tmp_path, monkeypatch):
     published_source(tmp_path / "cache" / "base")
     asked = []
 

@@ -1,4 +1,4 @@
-"""The checker of training data: every bad row is named in the words in which training would stop at it."""
+"""The checker of training data: every bad row is named in the same words with which training would stop."""
 
 import json
 import runpy
@@ -30,7 +30,7 @@ def data(pictures):
     return pictures
 
 
-def test_every_bad_row_is_told_as_the_dataset_tells_it(data, processor):
+def test_every_bad_row_is_reported_as_by_the_dataset(data, processor):
     encoder = RowEncoder(processor, 1000)
     bad, good = check_data([data / "data.txt"], encoder)
     assert (bad.rows, bad.samples, good.rows, good.samples) == (5, 10, 7, None)
@@ -45,7 +45,7 @@ def test_every_bad_row_is_told_as_the_dataset_tells_it(data, processor):
     assert bad.token_counts()["total"] == sum(lengths) and good.token_counts()["median"] == good.tokens[3]
 
 
-def test_headers_alone_show_all_but_what_lies_behind_them(data, processor):
+def test_headers_alone_show_everything_but_what_comes_after_them(data, processor):
     report = check_file(data / "bad.json", RowEncoder(processor), decode=False)
     assert [finding.row for finding in report.faults] == [1, 2]
 
@@ -55,27 +55,27 @@ def test_threads_find_the_same(data, processor):
     assert one == several
 
 
-def test_answers_that_would_be_cut_away_are_warned_of(data, processor):
+def test_answers_that_would_be_cut_off_are_warned_about(data, processor):
     longest = check_file(data / "good.jsonl", RowEncoder(processor)).tokens[-1]
     kept = check_file(data / "good.jsonl", RowEncoder(processor, longest - 3, too_long="cut"))
     assert not kept.faults and kept.tokens[-1] == longest - 3
     assert str(kept.warnings[-1]) == (
-        f"{data / 'good.jsonl'}, row 6 (line 7): 3 tokens of the answers lie beyond max_length "
-        f"{longest - 3} and are cut away"
+        f"{data / 'good.jsonl'}, row 6 (line 7): 3 tokens of the answers are beyond max_length "
+        f"{longest - 3} and are cut off"
     )
     refused = check_file(data / "good.jsonl", RowEncoder(processor, longest - 3))
-    assert refused.faults[-1].row == 6 and "beyond it lie 3 of the" in refused.faults[-1].text
+    assert refused.faults[-1].row == 6 and "; 3 of the" in refused.faults[-1].text
     nothing = check_file(data / "good.jsonl", RowEncoder(processor, 5, too_long="cut"))
     assert len(nothing.faults) == 7 and not nothing.tokens
 
 
-def test_files_that_can_not_be_read_don_t_hide_others(data, processor):
+def test_unreadable_files_do_not_hide_others(data, processor):
     (data / "data.txt").write_text("none.json 1\ngood.jsonl 0.003\n")
     (data / "empty.txt").write_text("")
     (data / "broken.json").write_text("[")
     paths = [data / name for name in ("data.txt", "empty.txt", "broken.json", "none.txt")]
     reports = check_data(paths, RowEncoder(processor))
-    texts = ["no such data file", "", "names no files", "is not JSON", "no such data file"]
+    texts = ["no such data file", "", "lists no files", "is not JSON", "no such data file"]
     assert len(reports) == len(texts)
     for report, text in zip(reports, texts, strict=True):
         assert bool(report.faults) == bool(text) and all(text in str(fault) for fault in report.faults)
@@ -106,7 +106,7 @@ def test_the_command_as_json(data, capsys):
     assert set(report["files"][1]["tokens"]) == {"min", "median", "max", "total"}
 
 
-def test_the_command_runs_as_a_module_and_takes_the_limit_of_training(data, capsys, monkeypatch):
+def test_the_command_runs_as_a_module_and_uses_the_limit_of_training(data, capsys, monkeypatch):
     path = write_json(data / "more.json", [published_row(width=130, height=60)])
     ignored = ["--ignore-key", "width", "--ignore-key", "height"]
     monkeypatch.setattr(sys, "argv", ["check_data", "--model", str(ROOT), "--json", *ignored, str(path)])

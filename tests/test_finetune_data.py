@@ -1,4 +1,4 @@
-"""Training data: both formats and mixtures are read, and whatever is wrong with a row is told."""
+"""Training data: both formats and mixtures are read, and everything wrong with a row is reported."""
 
 import json
 import random
@@ -71,7 +71,7 @@ def test_messages(tmp_path):
     assert rows[6].turns[0] == Turn("system", "Be brief.")
 
 
-def test_forms_and_files_mix(tmp_path):
+def test_forms_and_files_can_be_mixed(tmp_path):
     lines = write_lines(tmp_path / "published.jsonl", [published_row("Hi", image=None)])
     lines.write_text(f"\ufeff\n{lines.read_text()}\n\n")
     listed = write_json(tmp_path / "messages.json", [message_row()])
@@ -79,7 +79,7 @@ def test_forms_and_files_mix(tmp_path):
     assert [(row.index, row.line, row.faults) for row in rows] == [(0, 2, ()), (0, None, ())]
 
 
-def test_keys_that_mean_nothing_can_be_ignored(tmp_path):
+def test_keys_without_meaning_can_be_ignored(tmp_path):
     path = write_json(tmp_path / "data.json", [published_row(width=640)])
     assert "unknown keys width" in read_rows(path)[0].faults[0]
     assert read_rows(path, ignore_keys=["width"])[0].faults == ()
@@ -88,13 +88,13 @@ def test_keys_that_mean_nothing_can_be_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("data.json", b"", "no list of rows"),
-        ("data.json", b'{"data": []}', "no list of rows"),
+        ("data.json", b"", "isn't a list of rows"),
+        ("data.json", b'{"data": []}', "isn't a list of rows"),
         ("data.json", b"[]", "no rows"),
         ("data.json", b'[{"id": 1},\n  oops]', "not JSON: .* line 2 column 3"),
         ("data.json", b'["\xff"]', "not UTF-8"),
         ("data.jsonl", b"\n\n", "no rows"),
-        ("data.txt", b"# nothing\n\n", "names no files"),
+        ("data.txt", b"# nothing\n\n", "lists no files"),
         ("data.txt", b"a.json 0.0001\n", "line 1: a count of 0.0001 thousand is 0 samples"),
         ("data.txt", b"\na.json -1\n", "line 2: a count"),
         ("data.txt", b"a.json nan\n", "line 1: a count"),
@@ -140,7 +140,7 @@ def test_a_mixture_draws_what_it_says(tmp_path):
     assert rows == read_mixture(mixture) and rows != read_mixture(mixture, seed=1)
 
 
-def test_a_path_with_a_blank_and_no_count_is_one_path(tmp_path):
+def test_a_path_with_a_space_and_no_count_is_one_path(tmp_path):
     (tmp_path / "data.txt").write_text("my data.json\n")
     assert read_sources(tmp_path / "data.txt") == [(tmp_path / "my data.json", None)]
 
@@ -161,33 +161,33 @@ FAULTS = {
     "unreadable picture": (published_row(image="noise.png"), "'{folder}/noise.png' is not a picture"),
     "broken picture": (published_row(image="broken.png"), "'{folder}/broken.png' is truncated or broken"),
     "broken video": (published_row(image="broken.mp4"), "'{folder}/broken.mp4' can't be read as a video"),
-    "marks without pictures": (published_row(image=None), "1 <ImageHere> marks but the row 0 pictures"),
+    "marks without pictures": (published_row(image=None), "1 <ImageHere> marks but the row has 0 pictures"),
     "pictures without marks": (
         published_row("What?", image=["wide.png"] * 2),
-        "0 <ImageHere> marks but the row 2 pictures",
+        "0 <ImageHere> marks but the row has 2 pictures",
     ),
     "too few marks": (
         published_row(image=["wide.png", "wide.png"]),
-        "1 <ImageHere> marks but the row 2 pictures",
+        "1 <ImageHere> marks but the row has 2 pictures",
     ),
-    "mark without image": (message_row("<ImageHere>A"), "1 images of the messages have no source"),
+    "mark without image": (message_row("<ImageHere>A"), "1 images in the messages have no source"),
     "more videos than places": (
         message_row("A", videos=["a.mp4"]),
-        "0 videos of the messages have no source",
+        "0 videos in the messages have no source",
     ),
     "empty answer": (published_row(answer=" \n"), "turn 1, the assistant's, is empty"),
     "empty question": (published_row("", image=None), "turn 0, the user's, is empty"),
     "answer first": (
         {"conversations": published_row()["conversations"][::-1], "image": "wide.png"},
-        "turn 0 is the assistant's where the user's belongs",
+        "turn 0 is the assistant's but should be the user's",
     ),
     "two questions": (
         {"messages": [*message_row()["messages"][:1] * 2, message_row()["messages"][1]]},
-        "turn 1 is the user's where the assistant's belongs",
+        "turn 1 is the user's but should be the assistant's",
     ),
     "late system": (
         {"messages": [*message_row()["messages"], {"role": "system", "content": "x"}]},
-        "turn 2 is the system's where the user's belongs",
+        "turn 2 is the system's but should be the user's",
     ),
     "no answer": ({"messages": message_row()["messages"][:1]}, "the last turn, 0, is the user's"),
     "only system": ({"messages": [{"role": "system", "content": "x"}]}, "the last turn, 0, is the system's"),
@@ -198,18 +198,18 @@ FAULTS = {
         {"messages": [{"role": "user", "content": "x", "name": "y"}]},
         "turn 0 has unknown keys name",
     ),
-    "no form": ({"id": 3, "text": "x"}, "this one neither"),
-    "both forms": ({**published_row(), **message_row()}, "this one conversations and messages"),
-    "no object": ([1, 2], "a row is an object, not list"),
-    "no turns": ({"conversations": []}, "conversations is a list of turns, not an empty list"),
-    "turns of another kind": ({"messages": "Hi"}, "messages is a list of turns, not str"),
-    "turn of another kind": ({"messages": ["Hi"]}, "turn 0 is no object"),
-    "value of another kind": ({"conversations": [{"from": "human", "value": 3}]}, "turn 0 is no object"),
-    "content of another kind": (message_row(3), "content is a text or a list of parts, not int"),
-    "part of another kind": (message_row(["x"]), "content is made of dicts with a type"),
+    "no form": ({"id": 3, "text": "x"}, "this one has neither"),
+    "both forms": ({**published_row(), **message_row()}, "this one has conversations and messages"),
+    "no object": ([1, 2], "a row must be an object, not list"),
+    "no turns": ({"conversations": []}, "conversations must be a list of turns, not an empty list"),
+    "turns of another kind": ({"messages": "Hi"}, "messages must be a list of turns, not str"),
+    "turn of another kind": ({"messages": ["Hi"]}, "turn 0 is not an object"),
+    "value of another kind": ({"conversations": [{"from": "human", "value": 3}]}, "turn 0 is not an object"),
+    "content of another kind": (message_row(3), "content must be a text or a list of parts, not int"),
+    "part of another kind": (message_row(["x"]), "content must consist of dicts with a type"),
     "part of an unknown type": (message_row([{"type": "audio"}]), "unknown content type 'audio'"),
     "two sources": (message_row([{"type": "image", "image": "a", "url": "b"}]), "has 2 sources"),
-    "image of another kind": (published_row(image=[3]), "image names files by their paths, not by 3"),
+    "image of another kind": (published_row(image=[3]), "image must give files by their paths, not by 3"),
     "markup": (
         published_row("[UNUSED_TOKEN_145]", image=None),
         "turn 0 contains the markup [UNUSED_TOKEN_145]",
@@ -217,7 +217,7 @@ FAULTS = {
     "end of text": (published_row(answer="a</s>"), "turn 1 contains the markup </s>"),
     "image piece": (published_row("{piece}", image=None), "turn 0 contains the markup {piece}"),
     "video mark": (published_row("<VideoHere>", image=None), "turn 0 contains the markup <VideoHere>"),
-    "too long": (published_row(answer="word " * 500), "but max_length is 300; beyond it lie"),
+    "too long": (published_row(answer="word " * 500), "answers are beyond it"),
 }
 
 
@@ -242,7 +242,7 @@ def test_every_fault_names_file_row_and_fault(processor, pictures, name):
     assert str(caught.value).startswith(f"{path}, row 1 (line 2): ") and message in str(caught.value)
 
 
-def test_a_line_that_is_no_json_is_a_row_with_a_fault(processor, tmp_path):
+def test_a_line_that_is_not_json_is_a_row_with_a_fault(processor, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(f"{json.dumps(message_row())}\n\n{{oops\n")
     rows = read_rows(path)
@@ -251,14 +251,14 @@ def test_a_line_that_is_no_json_is_a_row_with_a_fault(processor, tmp_path):
         ConversationDataset(rows, processor)[1]
 
 
-def test_all_faults_of_a_row_are_told_at_once(processor, tmp_path):
+def test_all_faults_of_a_row_are_reported_at_once(processor, tmp_path):
     path = write_json(tmp_path / "data.json", [published_row("</s>", " ", image=["a.png", "b.png"])])
     with pytest.raises(RowFault) as caught:
         ConversationDataset(read_rows(path), processor)[0]
     assert len(caught.value.faults) == 5  # empty answer, markup, marks, two missing files
 
 
-def test_older_versions_read_no_videos(tokenizer):
+def test_older_versions_do_not_read_videos(tokenizer):
     processor = InternLMXComposer2Processor.for_config(tiny_model("2").config, tokenizer)
     data = ConversationDataset([row_of("<ImageHere>A", "B", media=[VIDEO])], processor)
     for ask in (lambda: data[0], lambda: data.lengths):
@@ -269,18 +269,16 @@ def test_older_versions_read_no_videos(tokenizer):
 # ---- too long ----
 
 
-def test_long_rows_are_cut_only_if_asked_and_only_behind_an_answer(processor, pictures):
+def test_long_rows_are_cut_only_on_request_and_only_after_an_answer(processor, pictures):
     row = row_of("Hi", "Hello!", "More", "word " * 50)
     whole = ConversationDataset([row], processor)[0]
     limit = len(whole["input_ids"]) - 20
-    with pytest.raises(
-        RowFault, match=f"has {limit + 20} tokens, 0 of them .* is {limit}; beyond it lie 20 of"
-    ):
+    with pytest.raises(RowFault, match=f"has {limit + 20} tokens, 0 of them .* is {limit}; 20 of"):
         ConversationDataset([row], processor, limit)[0]
     cut = ConversationDataset([row], processor, limit, too_long="cut")
     assert cut.lengths == [limit] and cut.encoder.plan(row).num_cut == 20
     assert all(torch.equal(cut[0][name], whole[name][:limit]) for name in whole)
-    with pytest.raises(RowFault, match="beyond it lie .* of its answers; raise max_length"):
+    with pytest.raises(RowFault, match="of its answers are beyond it; raise max_length"):
         ConversationDataset([row], processor, 5, too_long="cut")[0]
     late = row_of("Hi", "Hello!", "And <ImageHere>?", "A cat", media=[pictures / "wide.png"])
     with pytest.raises(RowFault, match="part of a picture"):

@@ -1,4 +1,4 @@
-"""Two processes train what one trains, and the configurations for many devices are understood."""
+"""Two processes train the same as one, and the configurations for several devices are understood."""
 
 import json
 import os
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 CONFIGS = ROOT / "finetune" / "configs"
 
-# Rows take turns, so that one process gets the pictures and the other the text.
+# Rows alternate, so that one process gets the pictures and the other the text.
 IN_TURN = ("--train_sampling_strategy", "sequential", "--learning_rate", "0.01", "--max_steps", "3")
 RUNS = {
     "full": (*IN_TURN, "--fix_vit", "False", "--gradient_checkpointing", "True"),
@@ -76,12 +76,12 @@ def test_two_processes_train_what_one_does(folder, ranks, name):
         assert differing < 0.01 * sum(value.numel() for value in one.values())
 
 
-def test_a_shared_out_model_is_saved_whole(folder, ranks):
+def test_a_sharded_model_is_saved_whole(folder, ranks):
     saved, expected = weights_of(folder / "two" / "whole"), tiny_model("2.5").state_dict()
     assert saved.keys() == expected.keys() and all(torch.equal(saved[key], expected[key]) for key in saved)
 
 
-def test_shared_out_weights_get_the_gradients_of_whole_ones(ranks):
+def test_sharded_weights_get_the_gradients_of_whole_ones(ranks):
     """FSDP2 on gloo: ten tiles in one process, no picture in the other, the tower called once in each."""
     model = tiny_model("2.5", plora_dropout=0.0).train()
     freeze(model, ModelArguments("", fix_vit=False))
@@ -98,7 +98,7 @@ def test_shared_out_weights_get_the_gradients_of_whole_ones(ranks):
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_lora_on_a_shared_out_model_in_bfloat16(ranks):
+def test_lora_on_a_sharded_model_in_bfloat16(ranks):
     for found in ranks:
         assert found["sharded lora"]["finite"]
         assert found["sharded lora"]["types"] == {torch.float32}
@@ -150,7 +150,7 @@ def test_fsdp_wraps_the_layers_of_the_model(monkeypatch):
 
 
 def deepspeed_reader() -> type:
-    """`Trainer`'s reader of DeepSpeed's files, which transformers joins together only beside DeepSpeed."""
+    """`Trainer`'s reader of DeepSpeed's files, which transformers assembles only with DeepSpeed."""
     names = ("is_auto", "fill_match", "fill_only", "trainer_config_process", "trainer_config_finalize")
     methods = {name: vars(HfTrainerDeepSpeedConfig)[name] for name in names}
     return type("Reader", (HfDeepSpeedConfig,), {**methods, "mismatches": []})

@@ -14,7 +14,7 @@ from finetune.example import LETTERS, draw  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-# What each command gets besides what is documented; later flags win.
+# What each command gets in addition to what is documented; later flags win.
 SHORTER = {
     "draw": ["--train", "480", "--eval", "8", "--test", "24"],
     "finetune.train": ["--max_steps", "100", "--report_to", "none", "--disable_tqdm", "True"],
@@ -58,7 +58,7 @@ def test_the_documented_commands_teach_nano_the_catalogue(tmp_path, monkeypatch,
     assert before <= 2 and after >= 12, f"{before} before, {after} after"
 
 
-def test_drawn_rows_are_the_same_again_and_never_overwritten(tmp_path):
+def test_drawn_rows_are_reproducible_and_never_overwritten(tmp_path):
     counts = {"train": 6, "test": 6}
     draw(tmp_path / "a", counts)
     draw(tmp_path / "b", counts)
@@ -68,5 +68,5 @@ def test_drawn_rows_are_the_same_again_and_never_overwritten(tmp_path):
         assert len(list((tmp_path / "a" / name).glob("*.png"))) == 6
     assert (tmp_path / "a/train/0000.png").read_bytes() == (tmp_path / "b/train/0000.png").read_bytes()
     assert len(set(LETTERS.values())) == len(LETTERS)
-    with pytest.raises(FileExistsError, match="name another directory"):
+    with pytest.raises(FileExistsError, match="choose another directory"):
         draw(tmp_path / "a", counts)

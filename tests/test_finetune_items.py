@@ -1,4 +1,4 @@
-"""Rows as the model takes them: the prompts of `chat`, the losses of the published trainer, packs."""
+"""Rows as the model gets them: the prompts of `chat`, the losses of the published trainer, packs."""
 
 import pickle
 import random
@@ -79,7 +79,7 @@ def test_prompts_are_those_of_chat(any_model, pictures, case):
     version = any_model.config.version
     encoder = RowEncoder(InternLMXComposer2Processor.for_config(any_model.config, any_model.tokenizer))
     if case == "front" and version != "2.5":
-        with pytest.raises(RowFault, match="0 <ImageHere> marks but the row 1 pictures"):
+        with pytest.raises(RowFault, match="0 <ImageHere> marks but the row has 1 pictures"):
             encoder.encode(row)
         return
     item = encoder.encode(row)
@@ -197,7 +197,7 @@ def test_the_loss_of_the_original_trainer(family, name, family_model, published)
 # ---- the dataset ----
 
 
-def test_nothing_is_opened_before_it_is_asked_for(processor, pictures):
+def test_nothing_is_opened_before_it_is_requested(processor, pictures):
     rows = [row_of("<ImageHere>A", "B", media=[pictures / name]) for name in ("none.png", "wide.png")]
     data = ConversationDataset(rows, processor)
     assert len(data) == 2 and data[1]["image_grid_hw"].shape == (1, 2)
@@ -210,14 +210,14 @@ def test_worker_processes_give_the_same(processor, pictures, tokenizer):
     rows = [row_of("<ImageHere>A", f"B {name}", media=[pictures / name]) for name in names]
     data = ConversationDataset([*rows, row_of("Hi", "Hello")], processor, hd_num=4)
     loader = DataLoader(data, 2, collate_fn=Collator(tokenizer.pad_token_id), num_workers=2)
-    copy = pickle.loads(pickle.dumps(data))  # as where processes are spawned
+    copy = pickle.loads(pickle.dumps(data))  # as if processes were spawned
     direct = [Collator(tokenizer.pad_token_id)([copy[i], copy[i + 1]]) for i in (0, 2)]
     for batch, expected in zip(loader, direct, strict=True):
         assert batch.keys() == expected.keys()
         assert all(torch.equal(batch[name], expected[name]) for name in batch)
 
 
-def test_a_worker_tells_the_fault(processor):
+def test_a_worker_reports_the_fault(processor):
     data = ConversationDataset([row_of("Hi", " ")], processor)
     data.rows = [Row(Path("data.json"), 7, data.rows[0].turns, (), faults=("turn 1 is odd",))]
     with pytest.raises(RowFault, match="data.json, row 7: turn 1 is odd"):
@@ -255,13 +255,13 @@ def test_pixels_in_the_dtype_of_the_tower_change_nothing(model, processor, pictu
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layout": "published"}, "layout is 'inference' or 'training'"),
-        ({"too_long": "drop"}, "too_long is 'error' or 'cut'"),
+        ({"layout": "published"}, "layout must be 'inference' or 'training'"),
+        ({"too_long": "drop"}, "too_long must be 'error' or 'cut'"),
         ({"max_length": 0}, "max_length must be at least 1"),
         ({"hd_num": 0}, "hd_num must be at least 1"),
     ],
 )
-def test_settings_that_are_impossible(processor, settings, message):
+def test_invalid_settings(processor, settings, message):
     with pytest.raises(ValueError, match=message):
         ConversationDataset([row_of("Hi", "Hello")], processor, **settings)
     with pytest.raises(ValueError, match="no rows"):
@@ -312,7 +312,7 @@ def test_packed_rows_are_as_if_alone(attention, rope):
     model = tiny_model("2.5", rope_scaling=rope)
     model.set_attn_implementation(attention)
     items = items_of(model)
-    # A pack of packs, as a batch of packed items comes.
+    # A pack of packs, like a batch of packed items.
     batch = Collator(0)([join_items(items[:2]), join_items(items[2:])])
     assert batch["input_ids"].shape == (1, sum(len(item["input_ids"]) for item in items))
     assert "attention_mask" not in batch
@@ -372,7 +372,7 @@ def test_a_packed_dataset(model, processor, pictures, tokenizer):
         PackedDataset(ConversationDataset(rows, processor), model.config)
 
 
-def test_packing_is_refused_where_it_would_not_be_exact():
+def test_packing_is_rejected_if_it_would_not_be_exact():
     config = tiny_model("2.5", rope_scaling={"type": "dynamic", "factor": 2.0}).config
     check_packing(config, config.text_config.max_position_embeddings)
     with pytest.raises(

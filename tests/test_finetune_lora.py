@@ -35,7 +35,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(base, rows, tmp_path_factory):
-    """A LoRA adapter that changes what the model says, the projector in it."""
+    """A LoRA adapter that changes what the model says, projector included."""
     output = tmp_path_factory.mktemp("adapter")
     run(base, rows, output, *LORA, *FAST, "--fix_sampler", "False")
     return output / "final"
@@ -58,7 +58,7 @@ def test_targets_are_accepted_under_their_published_names():
     assert target_modules(LORA_TARGETS) == target_modules(plain) == list(LORA_TARGETS)
     assert target_modules(["wqkv", "attention.wqkv", "w2"]) == ["attention.wqkv", "feed_forward.w2"]
     for names in (["output"], ["attention.wqkv.Plora_A"], []):
-        with pytest.raises(ValueError, match="takes some of attention.wqkv"):
+        with pytest.raises(ValueError, match="accepts attention.wqkv"):
             target_modules(names)
 
 
@@ -113,13 +113,13 @@ def test_an_adapter_on_the_plain_linears_merges_to_the_same(base, adapter, tmp_p
 
 
 def published_lora(**fields):
-    """As the published `finetune_lora.sh` and the trainers of others have it."""
+    """As in the published `finetune_lora.sh` and in the trainers of others."""
     peft = pytest.importorskip("peft")
     names = {"r": 4, "lora_alpha": 8, "bias": "none", "task_type": "CAUSAL_LM", "init_lora_weights": False}
     return peft, peft.LoraConfig(target_modules=list(LORA_TARGETS), **{**names, **fields})
 
 
-def test_peft_takes_the_published_names_and_trains_its_own_weights_alone():
+def test_peft_accepts_the_published_names_and_trains_only_its_own_weights():
     peft, config = published_lora()
     model = tiny_model("2.5", task_adapters=TASKS)
     wrapped = peft.get_peft_model(model, config)
@@ -161,7 +161,7 @@ def test_a_generated_answer_and_its_reuse_are_those_of_the_merged_weights(tmp_pa
     assert torch.equal(merged.generate(**inputs, max_new_tokens=8, do_sample=False), answer)
 
 
-def test_merging_into_quantised_weights_is_refused(base):
+def test_merging_into_quantised_weights_is_rejected(base):
     peft, config = published_lora()
     model = InternLMXComposer2ForCausalLM.from_pretrained(
         base, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
@@ -171,13 +171,13 @@ def test_merging_into_quantised_weights_is_refused(base):
         wrapped.merge_and_unload()
 
 
-# ---- what is refused ----
+# ---- what is rejected ----
 
 
-def test_what_can_not_be_merged_is_named(base, adapter, tmp_path, monkeypatch):
+def test_what_cannot_be_merged_is_named(base, adapter, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
         merge(tmp_path, tmp_path / "out")
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         merge(adapter, tmp_path)
     smaller = write_base(tmp_path / "smaller", hidden_size=32)
     with pytest.raises(ValueError, match="doesn't fit this model"):
@@ -190,7 +190,7 @@ def test_what_can_not_be_merged_is_named(base, adapter, tmp_path, monkeypatch):
         merge(broken, tmp_path / "out")
     config = json.loads((broken / "adapter_config.json").read_text())
     (broken / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="name it with --base"):
+    with pytest.raises(ValueError, match="pass it with --base"):
         merge(broken, tmp_path / "out")
     monkeypatch.setattr("finetune.saving.describe_checkpoint", lambda _: pytest.fail("no room"))
     with pytest.raises(BaseException, match="no room"):
@@ -198,7 +198,7 @@ def test_what_can_not_be_merged_is_named(base, adapter, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"smaller", "broken"}
 
 
-def test_a_quantised_base_trains_an_adapter_for_the_whole_one(base, rows, tmp_path):
+def test_a_quantised_base_trains_an_adapter_for_the_unquantised_one(base, rows, tmp_path):
     flags = (*LORA, *FAST, "--quantize", "nf4", "--fix_sampler", "False")
     trainer = run(base, rows, tmp_path, *flags, "--bf16", "True", "--max_steps", "8")
     found = losses(trainer)
@@ -218,7 +218,7 @@ def test_a_quantised_base_trains_an_adapter_for_the_whole_one(base, rows, tmp_pa
     assert changed == expected
 
 
-def test_peft_is_asked_for_where_it_is_missing(base, rows, tmp_path, monkeypatch):
+def test_a_missing_peft_is_named(base, rows, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr(training, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ImportError, match=r"pip install '.\[finetune\]'"):
@@ -244,7 +244,7 @@ print("answer", model.chat(tokenizer, "What shape is the object?", sys.argv[2], 
 """
 
 
-def test_nano_learns_an_answer_by_the_commands(tmp_path):
+def test_nano_learns_an_answer_with_the_commands(tmp_path):
     """From data to a merged checkpoint that loads without this package."""
     picture = str(ROOT / "examples" / "star.png")
     turns = [

@@ -119,7 +119,7 @@ def test_both_forms_of_a_pair_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("pair", "words"),
     [
-        ({"messages": turns("q", "a")}, "a pair has chosen and rejected, or conversations_a"),
+        ({"messages": turns("q", "a")}, "a pair must have chosen and rejected, or conversations_a"),
         ({"chosen": turns("q", "a")}, "rejected: "),
         (
             {"chosen": turns("q", "a"), "rejected": turns("q", "")},
@@ -127,9 +127,9 @@ def test_both_forms_of_a_pair_are_read(tmp_path):
         ),
         ({"chosen": turns("q", "a"), "rejected": turns("q", "b")[:1]}, "rejected: the last turn, 0"),
         ({"chosen": turns("q", "a"), "rejected": turns("q", "b"), "score": 3}, "unknown keys score"),
-        ({"chosen": "a", "rejected": "b"}, "turn 0 is the assistant's where the user's belongs"),
+        ({"chosen": "a", "rejected": "b"}, "turn 0 is the assistant's but should be the user's"),
         ({"chosen": turns(f"{MARK}q", "a"), "rejected": turns(MARK, "b"), "image": "no.png"}, "no.png"),
-        (["chosen"], "a row is an object"),
+        (["chosen"], "a row must be an object"),
     ],
 )
 def test_faulty_pairs_are_named_with_file_and_row(tmp_path, processor, pair, words):
@@ -156,7 +156,7 @@ def test_the_checker_names_the_faulty_side_of_a_pair(tmp_path, base, capsys):
 
 
 def test_rows_are_written_as_they_are_scored(tmp_path, processor, base):
-    """With a marked picture, with one that is not, as only the published form has it, and with none."""
+    """With a marked picture, with an unmarked one, which only the published form has, and with none."""
     model = InternLMXComposer2ForSequenceClassification.from_pretrained(base, dtype="float32", adapters=())
     model.tokenizer = processor.tokenizer
     pairs = read_pairs(write_pairs(tmp_path, 2))
@@ -212,7 +212,7 @@ def test_training_lowers_the_loss_until_chosen_answers_score_higher(tmp_path, ba
     torch.testing.assert_close(further.score.weight, model.score.weight, rtol=0, atol=1e-4)
 
 
-def test_accumulated_batches_weigh_as_one(tmp_path, base):
+def test_accumulated_batches_count_as_one(tmp_path, base):
     pairs = write_pairs(tmp_path, 4)
     flags = ("--max_steps", "2", "--seed", "3", "--data_seed", "3", "--max_grad_norm", "0")
     whole = train_reward(base, pairs, tmp_path / "whole", *flags)
@@ -240,9 +240,9 @@ def test_lora_trains_the_head_too_and_merges(tmp_path, base):
     assert again.get_scores(rows) == pytest.approx(tuned.get_scores(rows), abs=1e-5)
 
 
-def test_what_a_reward_model_cannot_do_is_refused(tmp_path, base):
+def test_what_a_reward_model_cannot_do_is_rejected(tmp_path, base):
     pairs = write_pairs(tmp_path, 4)
-    with pytest.raises(ValueError, match="can't be cut away"):
+    with pytest.raises(ValueError, match="can't be cut off"):
         train_reward(base, pairs, tmp_path / "out", "--too_long", "cut", "--max_steps", "1")
     with pytest.raises(ValueError, match="rows can't be packed"):
         train_reward(base, pairs, tmp_path / "out", "--packing", "True", "--max_steps", "1")

@@ -1,4 +1,4 @@
-"""What trains and what doesn't, losses, resuming, evaluation, the card, and what is refused."""
+"""What trains and what doesn't, losses, resuming, evaluation, the card, and what is rejected."""
 
 import json
 import re
@@ -74,7 +74,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("flags", WAYS, ids=" ".join)
-def test_exactly_the_wanted_parts_change(base, rows, tmp_path, flags):
+def test_exactly_the_requested_parts_change(base, rows, tmp_path, flags):
     trainer = run(base, rows, tmp_path, *flags, *FAST, "--max_steps", "2")
     before, after = weights_of(base), weights_of(tmp_path / "final")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -99,7 +99,7 @@ def test_a_batch_without_pictures_gives_every_trained_weight_a_gradient_of_zero(
     assert torch.equal(with_blank, model.eval()(input_ids=ids, labels=ids).loss)
 
 
-def test_the_blank_picture_is_seen_in_training_alone():
+def test_the_blank_picture_is_seen_only_in_training():
     model = tiny_model("2.5")
     calls = []
     model.vit.vision_tower.register_forward_hook(lambda *_: calls.append(1))
@@ -159,7 +159,7 @@ def test_two_rows_at_once_and_one_after_the_other_are_the_same_step(base, rows, 
     assert differing < 0.01 * sum(value.numel() for value in one.values())
 
 
-def test_bfloat16_computes_in_it_and_keeps_the_weights(base, rows, tmp_path):
+def test_bf16_computes_in_bfloat16_and_keeps_the_weights(base, rows, tmp_path):
     plain = run(base, rows, tmp_path / "a", *FAST, "--max_steps", "2")
     half = run(base, rows, tmp_path / "b", *FAST, "--max_steps", "2", "--bf16", "True")
     assert losses(half) == pytest.approx(losses(plain), rel=0.02) and losses(half) != losses(plain)
@@ -167,13 +167,13 @@ def test_bfloat16_computes_in_it_and_keeps_the_weights(base, rows, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [("--fix_vit", "False"), LORA, (*LORA, "--quantize", "nf4")], ids=" ".join)
-def test_resuming_goes_on_with_the_same_losses(rows, tmp_path, flags):
+def test_resuming_continues_with_the_same_losses(rows, tmp_path, flags):
     """With dropout, whose random state is resumed too."""
     base = write_base(tmp_path / "base", plora_dropout=0.1)
     flags = (*flags, *FAST, "--save_steps", "2", "--gradient_checkpointing", "True")
     whole = run(base, rows, tmp_path / "a", *flags)
     shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "b" / "checkpoint-2")
-    (tmp_path / "b" / "checkpoint-3").mkdir()  # of a save that was cut short
+    (tmp_path / "b" / "checkpoint-3").mkdir()  # of a save that was interrupted
     with pytest.raises(FileExistsError, match="holds checkpoint-3 of another run.*resume_from_checkpoint"):
         run(base, rows, tmp_path / "b", *flags)
     resumed = run(base, rows, tmp_path / "b", *flags, "--resume_from_checkpoint", "True")
@@ -238,7 +238,7 @@ def test_it_evaluates_stops_early_and_keeps_the_best(base, rows, tmp_path):
         assert line in card
 
 
-def test_long_histories_are_thinned_in_the_card():
+def test_long_histories_are_thinned_out_in_the_card():
     history = [{"step": step, "loss": 1 / step} for step in range(1, 101)]
     text = card_text(Facts("base", True, {"a.json": 3}, {}, 1, 100, {"seed": 4}, history))
     lines = [line for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
@@ -246,7 +246,7 @@ def test_long_histories_are_thinned_in_the_card():
     assert "1 of 100 weights (1.00 %)" in text and "eval_loss" not in text and "library_name: peft" in text
 
 
-def test_the_tower_has_a_learning_rate_of_its_own(base, rows, tmp_path):
+def test_the_tower_has_its_own_learning_rate(base, rows, tmp_path):
     flags = (
         "--fix_vit",
         "False",
@@ -277,7 +277,7 @@ def test_the_tower_has_a_learning_rate_of_its_own(base, rows, tmp_path):
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_out_of_memory_says_what_takes_less(base, rows, tmp_path, monkeypatch, error):
+def test_out_of_memory_says_what_needs_less(base, rows, tmp_path, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
@@ -298,7 +298,7 @@ def test_out_of_memory_says_what_takes_less(base, rows, tmp_path, monkeypatch, e
         assert re.search(words if "\\" in words else re.escape(words), str(caught.value)), words
 
 
-def test_rows_of_one_length_come_together(base, rows, tmp_path):
+def test_rows_of_similar_length_come_together(base, rows, tmp_path):
     flags = ("--train_sampling_strategy", "group_by_length", "--per_device_train_batch_size", "4")
     trainer = run(base, rows, tmp_path, *flags, "--max_steps", "1")
     order = list(trainer._get_train_sampler())
@@ -315,34 +315,34 @@ def test_packed_rows_are_the_same_step_as_a_batch(base, rows, tmp_path):
     assert "| packing | True |" in (tmp_path / "b" / "final" / "README.md").read_text()
 
 
-# ---- refusals ----
+# ---- what is rejected ----
 
 REFUSED = {
-    ("--train", "lora", "--fix_vit", "False"): "aren't part of the adapter",
+    ("--train", "lora", "--fix_vit", "False"): "aren't part of the saved adapter",
     ("--train", "plora", "--use_lora", "True"): "--use_lora True means --train lora, not --train plora",
     ("--quantize", "nf4"): "needs --train lora",
     ("--train", "adapter"): "needs --infer_mode write or web",
-    ("--train", "some"): "--train is one of full, plora, adapter, lora, not 'some'",
-    ("--infer_mode", "some"): "--infer_mode is one of base, write, web",
+    ("--train", "some"): "--train must be one of full, plora, adapter, lora, not 'some'",
+    ("--infer_mode", "some"): "--infer_mode must be one of base, write, web",
     ("--dtype", "float16"): "can't be trained",
     ("--vit_learning_rate", "1e-5"): "needs --fix_vit False",
     ("--early_stopping_patience", "2"): "needs --eval_data",
-    ("--eval_data", "ROWS", "--early_stopping_patience", "0"): "from 1, not 0",
+    ("--eval_data", "ROWS", "--early_stopping_patience", "0"): "at least 1, not 0",
     ("--eval_strategy", "steps", "--eval_steps", "1"): "needs --eval_data",
-    ("--eval_data", "nowhere.json"): "nowhere.json is no file",
+    ("--eval_data", "nowhere.json"): "nowhere.json is not a file",
     ("--label_smoothing_factor", "0.1"): "isn't supported",
     ("--max_length", "0"): "--max_length must be a positive number, not 0",
     ("--train", "lora", "--lora_r", "0"): "--lora_r must be a positive number, not 0",
     ("--train", "lora", "--lora_dropout", "1"): "less than 1, not 1",
-    ("--train", "lora", "--lora_target_modules", "output"): "takes some of attention.wqkv",
-    ("--layout", "some"): "--layout is one of",
+    ("--train", "lora", "--lora_target_modules", "output"): "accepts attention.wqkv",
+    ("--layout", "some"): "--layout must be one of",
     ("--resume_from_checkpoint", "True"): "holds no checkpoint to resume from",
     ("--resume_from_checkpoint", "nowhere"): "nowhere holds no checkpoint",
 }
 
 
 @pytest.mark.parametrize("flags", REFUSED, ids=" ".join)
-def test_nonsense_is_refused_before_the_model_is_loaded(base, rows, tmp_path, monkeypatch, flags):
+def test_nonsense_is_rejected_before_the_model_is_loaded(base, rows, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(
         InternLMXComposer2ForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded")
     )
@@ -363,7 +363,7 @@ def test_a_finished_model_is_not_overwritten(base, rows, tmp_path):
         run(base, rows, tmp_path)
 
 
-def test_a_mode_that_the_checkpoint_lacks_is_refused(rows, tmp_path):
+def test_a_mode_that_the_checkpoint_lacks_is_rejected(rows, tmp_path):
     write_base(tmp_path / "base", task_adapters={})
     for flags in (("--train", "adapter", "--infer_mode", "web"), (*LORA, "--infer_mode", "web")):
         with pytest.raises(ValueError, match="adapter|web"):

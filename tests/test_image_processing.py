@@ -1,4 +1,4 @@
-"""Pictures become the pixels that the published checkpoints saw, bit by bit."""
+"""Pictures become the pixels that the published checkpoints saw, bit for bit."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ from PIL import Image, ImageFont
 CONTENT = json.loads((golden_directory() / "preprocess_content.json").read_text(encoding="utf-8"))
 TILE_SIZES = {"ixc25_image": 560, "ixc4khd": 336}
 PILLOW_RESIZE = Image.Image.resize
-OLD_PILLOW = int(PIL.__version__.split(".")[0]) < 13  # resamples rows first always; the goldens are of 13
+OLD_PILLOW = int(PIL.__version__.split(".")[0]) < 13  # always resamples rows first; the goldens are from 13
 
 
 def picture(name: str) -> Image.Image:
@@ -70,13 +70,13 @@ def transformed(image: Image.Image, transform: str) -> Image.Image:
 
 
 def resized_columns_first(image, size, resample):
-    """`resize`, as Pillow 13 does it where the height shrinks more; it rounds between the two passes."""
+    """`resize`, as Pillow 13 does it when the height shrinks more; it rounds between the two passes."""
     columns = PILLOW_RESIZE(image, (image.width, size[1]), resample)
     return PILLOW_RESIZE(columns, size, resample)
 
 
 def as_recorded(row: dict) -> Image.Image:
-    """The picture of a golden row, on an older Pillow in the order of passes that gives the golden bits."""
+    """The picture of a golden row; on an older Pillow, in the order of passes that gives the golden bits."""
     image = transformed(picture(row["image"]), row["transform"])
     if OLD_PILLOW and sha256(image) != row["u8_sha256"]:
         with pytest.MonkeyPatch.context() as patch:
@@ -125,7 +125,7 @@ def test_composites_of_the_published_videos():
         assert sha256(tiled) == row["video_transform_sha256"]
 
 
-def test_published_names_take_another_tile_size():
+def test_published_names_accept_another_tile_size():
     image = picture("wide.png")
     assert ixc_utils.Image_transform(image, 6, tile_size=112).size == (336, 224)
     assert ixc_utils.frame2img([image] * 2, tile_size=112).size == (224, 2 * (89 + 50))
@@ -147,7 +147,7 @@ def test_every_mode_becomes_rgb(mode):
         assert converted.getpixel((0, 0)) == (0 if mode in BLACK_MODES else 255,) * 3
 
 
-def test_transparency_is_laid_on_white():
+def test_transparency_is_put_on_white():
     image = Image.new("RGBA", (1, 1), (200, 0, 0, 51))
     assert to_rgb(image).getpixel((0, 0)) == (244, 204, 204)
     palette = Image.new("P", (1, 1))
@@ -171,14 +171,14 @@ def test_numbers_of_more_than_eight_bits_become_grey(dtype, value, grey):
 
 
 @pytest.mark.parametrize("value", [-1.0, 256.0, np.nan, np.inf])
-def test_numbers_of_no_known_scale_are_refused(value):
+def test_numbers_of_no_known_scale_are_rejected(value):
     with pytest.raises(ValueError, match="mode F holds"):
         to_rgb(Image.fromarray(np.full((2, 2), value, "float32")))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_honoured_once(tmp_path, orientation):
-    """A mark in a known corner must come to the corner where the camera saw it."""
+def test_exif_orientation_is_applied_once(tmp_path, orientation):
+    """A mark in a known corner must end up in the corner where the camera saw it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.new("RGB", (80, 48), "white")
@@ -250,7 +250,7 @@ def test_preprocess_video_and_batch():
     assert pixel_values.dtype == torch.float32 and pixel_values.is_contiguous()
 
 
-def test_batches_of_mixed_tile_sizes_are_refused():
+def test_batches_of_mixed_tile_sizes_are_rejected():
     square = preprocess_image(picture("tiny.png"), layout="square", tile_size=224)
     tiled = preprocess_image(picture("tiny.png"), layout="bottom", tile_size=112, hd_num=4)
     with pytest.raises(ValueError, match="112, 224"):

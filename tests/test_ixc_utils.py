@@ -101,7 +101,7 @@ def test_a_hair_thin_picture_gets_one_row(layout, size):
     assert min(plan.resized) == 1 and sorted(plan.grid) == [1, 24]
 
 
-def test_padding_lies_at_the_end_or_on_both_sides():
+def test_padding_is_at_the_end_or_on_both_sides():
     bottom = plan_tiles(400, 1000, tile_size=560, hd_num=6, layout="bottom")
     assert (bottom.resized, bottom.padded, bottom.offset) == ((448, 1120), (560, 1120), (0, 0))
     centred = plan_tiles(400, 1000, tile_size=336, hd_num=6, layout="always")
@@ -109,13 +109,13 @@ def test_padding_lies_at_the_end_or_on_both_sides():
 
 
 @pytest.mark.parametrize("hd_num", [0, -3])
-def test_a_budget_below_one_tile_is_refused(hd_num):
+def test_a_budget_below_one_tile_is_rejected(hd_num):
     with pytest.raises(ValueError, match=f"hd_num.*{hd_num}"):
         plan_tiles(100, 100, tile_size=560, hd_num=hd_num, layout="bottom")
 
 
 @pytest.mark.parametrize("hd_num", [None, 2.5, "6", True])
-def test_a_budget_that_is_no_integer_is_refused(hd_num):
+def test_a_budget_that_is_not_an_integer_is_rejected(hd_num):
     with pytest.raises(TypeError, match="hd_num"):
         plan_tiles(100, 100, tile_size=560, hd_num=hd_num, layout="bottom")
 
@@ -125,18 +125,18 @@ def test_numpy_integers_are_integers():
     assert plan == plan_tiles(100, 200, tile_size=560, hd_num=4, layout="always")
 
 
-def test_an_unknown_layout_is_refused():
+def test_an_unknown_layout_is_rejected():
     with pytest.raises(ValueError, match="bottom, always, centred"):
         plan_tiles(100, 100, tile_size=560, hd_num=6, layout="left")
 
 
-def test_a_picture_without_pixels_is_refused():
+def test_a_picture_without_pixels_is_rejected():
     with pytest.raises(ValueError, match="0x100 px"):
         plan_tiles(100, 0, tile_size=560, hd_num=6, layout="bottom")
 
 
 @pytest.mark.parametrize("hd_num", [10**6, 10**30])
-def test_a_budget_beyond_memory_is_refused_where_it_would_be_used(hd_num):
+def test_a_budget_beyond_memory_is_rejected_when_it_would_be_used(hd_num):
     small = plan_tiles(100, 100, tile_size=560, hd_num=hd_num, layout="bottom")
     assert small.grid == (1, 1)
     with pytest.raises(ValueError, match=f"limit of {MAX_PLANNED_PIXELS // 560**2}"):
@@ -168,7 +168,7 @@ def test_frames_are_ascending_within_the_video_and_within_the_budget():
 
 
 @pytest.mark.parametrize("wrong", [{"num_frames": 0}, {"fps": 0.0}, {"fps": float("nan")}, {"max_frames": 0}])
-def test_sampling_nothing_is_refused(wrong):
+def test_sampling_nothing_is_rejected(wrong):
     with pytest.raises(ValueError, match="frames"):
         plan_frames(**{"num_frames": 10, "average_fps": 1.0} | wrong)
 

@@ -1,4 +1,4 @@
-"""Pictures and videos from every source, and what is said when a source is no good."""
+"""Pictures and videos from every source, and what is said when a source is unusable."""
 
 import base64
 import io
@@ -85,7 +85,7 @@ def test_one_channel_is_grey(shape):
     assert np.array_equal(np.asarray(load_image(source))[..., 1], np.arange(20).reshape(4, 5))
 
 
-def test_four_channels_are_laid_on_white():
+def test_four_channels_are_put_on_white():
     assert load_image(np.zeros((2, 2, 4), np.uint8)).getpixel((0, 0)) == (255, 255, 255)
 
 
@@ -125,7 +125,7 @@ def test_content_decides_not_the_name(tmp_path, photo):
 
 
 @pytest.mark.parametrize("read", [load_image, load_video])
-def test_files_that_are_not_there(read, tmp_path):
+def test_missing_files(read, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
         read(tmp_path / "nothing.png")
     with pytest.raises(ValueError, match="not a file"):
@@ -193,7 +193,7 @@ def test_damaged_pictures_never_raise_anything_else():
                 assert "content given" in str(error)
 
 
-def test_a_decompression_bomb_is_refused_by_its_header():
+def test_a_decompression_bomb_is_rejected_by_its_header():
     content = io.BytesIO()
     Image.new("1", (20000, 20000)).save(content, "PNG")
     with pytest.raises(ValueError, match=r"(?i)20000x20000|400000000"):
@@ -222,7 +222,7 @@ def test_a_hair_thin_picture_is_legal():
         (torch.full((3, 4, 4), float("nan")), "nan"),
     ],
 )
-def test_arrays_that_are_no_pictures(array, message):
+def test_arrays_that_are_not_pictures(array, message):
     with pytest.raises(ValueError, match=message):
         load_image(array)
 
@@ -338,13 +338,13 @@ def test_urls_that_go_wrong(server, path, message):
         load_image(f"{server}/{path}", timeout=0.4, max_bytes=100_000)
 
 
-def test_a_server_that_is_not_there():
+def test_a_server_that_does_not_exist():
     with pytest.raises(ValueError, match="can't be read"):
         load_image("http://127.0.0.1:9/photo.jpg", timeout=0.5)
 
 
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1/a.png", "file:///etc/hostname", "gopher://x/y"])
-def test_other_schemes_are_refused(url):
+def test_other_schemes_are_rejected(url):
     for read in (load_image, load_video):
         with pytest.raises(ValueError, match="only http and https"):
             read(url)
@@ -445,7 +445,7 @@ def test_jumping_gives_the_frames_that_counting_gives(tmp_path, suffix, codec):
         assert levels(video.frames(indices)) == indices
 
 
-# The matrix of a track header, and how a picture then stands.
+# How a picture is turned -> the matrix of a track header that says so.
 ROTATIONS = {
     Image.Transpose.ROTATE_270: (0, 0x10000, 0, 0xFFFF0000, 0, 0, 0, 0, 0x40000000),
     Image.Transpose.ROTATE_180: (0xFFFF0000, 0, 0, 0, 0xFFFF0000, 0, 0, 0, 0x40000000),
@@ -454,7 +454,7 @@ ROTATIONS = {
 
 
 @pytest.mark.parametrize("turn", ROTATIONS)
-def test_a_phone_video_stands_upright(turn):
+def test_a_phone_video_is_shown_upright(turn):
     content = bytearray(VIDEO.read_bytes())
     start = content.find(b"tkhd") + 44
     content[start : start + 36] = b"".join(number.to_bytes(4, "big") for number in ROTATIONS[turn])
@@ -487,7 +487,7 @@ def test_a_video_without_frames(tmp_path):
         load_video(path)
 
 
-def test_a_film_without_pictures(tmp_path):
+def test_a_video_file_without_a_video_track(tmp_path):
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
@@ -499,7 +499,7 @@ def test_a_film_without_pictures(tmp_path):
         load_video(path)
 
 
-def test_frames_beyond_memory_are_refused():
+def test_frames_beyond_memory_are_rejected():
     with pytest.raises(ValueError, match="320x240 px, more than the limit of 1000"):
         load_video(VIDEO, max_frame_pixels=1000)
 

@@ -1,4 +1,4 @@
-"""The whole model: two ways in, batches, every kind of generation."""
+"""The whole model: two kinds of input, batches, every kind of generation."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def mixed_rows(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("version", LAYOUTS)
-def test_both_ways_in_give_the_same_logits(version):
+def test_both_kinds_of_input_give_the_same_logits(version):
     model = tiny_model(version)
     inputs = pictures_and_ids(model, LAYOUTS[version])
     by_ids = model(**inputs).logits
@@ -129,7 +129,7 @@ def test_a_padded_batch_generates_what_each_row_generates(num_beams):
 
 
 @torch.no_grad()
-def test_pictures_are_encoded_once_whatever_the_beams():
+def test_pictures_are_encoded_once_regardless_of_beams():
     model = tiny_model("2.5")
     calls = []
     handle = model.vit.vision_tower.register_forward_hook(lambda *_: calls.append(1))
@@ -203,7 +203,7 @@ def test_works_under_autocast_and_in_half_precision():
 
 @pytest.mark.parametrize("version", ["2", "2.5"])
 def test_weights_of_one_half_type_work_under_autocast_to_the_other(version):
-    """As the published cards have it: bfloat16 weights, autocast to float16."""
+    """As in the published model cards: bfloat16 weights, autocast to float16."""
     model = tiny_model(version)
     inputs = pictures_and_ids(model, [(1, 2)] if version == "2.5" else [(1, 1)])
     expected = model.to(torch.bfloat16)(**inputs).logits
@@ -214,7 +214,7 @@ def test_weights_of_one_half_type_work_under_autocast_to_the_other(version):
     assert torch.equal(answer, model.generate(**inputs, **GREEDY))
 
 
-def test_a_generated_image_token_is_no_picture():
+def test_a_generated_image_token_is_not_a_picture():
     model = tiny_model("2.5")
     token = model.config.image_token_id
     bias = {"sequence_bias": {(token,): 100.0}}

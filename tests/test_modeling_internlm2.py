@@ -70,7 +70,7 @@ def test_without_pictures_the_decoder_is_llama(scaling, length):
 
 
 @pytest.mark.parametrize("length", [10, 48, 49, 100])
-def test_dynamic_frequencies_are_those_of_the_library(length):
+def test_dynamic_frequencies_match_the_library(length):
     config = tiny_config(
         rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=48
     ).text_config
@@ -98,7 +98,7 @@ def test_the_rotary_base_can_be_set():
 @torch.no_grad()
 @pytest.mark.parametrize("copies", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
 def test_a_long_prompt_is_rotated_for_its_whole_length(copies):
-    """In one pass: all but the last token first would be rotated for one position less."""
+    """In one pass: if all but the last token came first, they would be rotated for one position less."""
     model = tiny_model("2.5", rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=32)
     ids = torch.randint(7, 600, (1, 60), generator=torch.Generator().manual_seed(1))
     lengths = []
@@ -290,7 +290,7 @@ def test_wrong_inputs_are_named(kwargs, words):
         tiny_model().model(**kwargs)
 
 
-def test_a_mode_without_its_adapters_is_refused():
+def test_a_mode_without_its_adapters_is_rejected():
     with pytest.raises(ValueError, match="'web' needs the adapters web.*has none"):
         tiny_model().model(torch.ones(1, 3).long(), infer_mode="web")
 
@@ -309,7 +309,7 @@ def test_a_mode_without_its_adapters_is_refused():
         {"image_token_id": 9999},
     ],
 )
-def test_impossible_sizes_are_refused(fields):
+def test_invalid_sizes_are_rejected(fields):
     with pytest.raises(ValueError):
         tiny_config(**fields)
 
@@ -329,8 +329,8 @@ MASKS = {
 @pytest.mark.parametrize("mode", ["base", "write"])
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_in_place_products_are_those_with_gradients(decoder, ids, name, mode, batch):
-    """With gradients rows are gathered and nothing is written in place, without them as little is copied."""
+def test_in_place_products_equal_those_with_gradients(decoder, ids, name, mode, batch):
+    """With gradients, rows are gathered and nothing is written in place; without, little is copied."""
     mask = torch.zeros(batch, 17)
     for span in MASKS[name]:
         mask[:, span] = 1
@@ -369,7 +369,7 @@ def test_inputs_are_never_written_to(rows):
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [slice(2, 5), torch.tensor([2, 3, 4])])
 def test_replaced_factors_still_act(rows):
-    """A quantiser may put a class of its own in the place of any linear."""
+    """A quantiser may replace any linear with its own class."""
 
     class Other(torch.nn.Module):
         def __init__(self, linear):

@@ -37,7 +37,7 @@ def draw(ability: str, split: str, rng: random.Random) -> Sample:
 
 
 def images_of(sample: Sample) -> list | None:
-    """The sample's pictures as `chat` takes them."""
+    """The sample's pictures as `chat` accepts them."""
     if sample.frames:
         return [[frame.image for frame in sample.frames]]
     return [picture.image for picture in sample.pictures] or None
@@ -93,7 +93,7 @@ def test_sizes_and_positions_of_objects_have_the_parity_of_their_split(split, pa
         assert {left % 2, top % 2, (right - left) % 2} == {parity}
 
 
-def test_marks_lie_on_what_was_drawn():
+def test_marks_are_on_what_was_drawn():
     """Pixels under a character's mark differ from those of an empty picture; the labels name it."""
     picture = draw_text(random.Random(3), "train", "HX", FAMILIES)
     (labels,) = cut(picture).labels
@@ -106,8 +106,8 @@ def test_marks_lie_on_what_was_drawn():
 
 
 @pytest.mark.parametrize("ability", ["small", "way", "last"])
-def test_labels_of_several_tiles_lie_on_what_was_drawn(ability):
-    """Every tile's labelled points are those whose pixels stand out from the tile's background."""
+def test_labels_of_several_tiles_are_on_what_was_drawn(ability):
+    """The labelled points of each tile are those whose pixels stand out from its background."""
     rng = random.Random(11)
     for _ in range(4):
         sample = draw(ability, "train", rng)
@@ -148,7 +148,7 @@ def test_an_object_moves_the_way_the_answer_says():
         assert sample.turns[0][1] == way
 
 
-def test_pages_and_articles_hold_what_was_asked_for():
+def test_pages_and_articles_contain_what_was_asked_for():
     rng = random.Random(8)
     for _ in range(20):
         instruction, page = web_page("held_back", rng)
@@ -169,7 +169,7 @@ def test_labels_of_a_tile_follow_its_corner():
 
 
 @pytest.mark.parametrize("ability", ["word", "total", "small", "last", "caption"])
-def test_what_has_to_be_looked_at_lies_under_the_character_to_be_said(ability, nano):
+def test_what_must_be_looked_at_is_under_the_character_to_be_said(ability, nano):
     tokenizer, model = nano
     rng, found = random.Random(3), 0
     for _ in range(20):
@@ -191,7 +191,7 @@ def test_what_has_to_be_looked_at_lies_under_the_character_to_be_said(ability, n
     assert found > 5
 
 
-def test_what_has_to_be_copied_from_the_question_is_found_there(nano):
+def test_what_must_be_copied_from_the_question_is_found_there(nano):
     tokenizer, model = nano
     question, page = web_page("train", random.Random(5))
     title = re.search("<title>(.*)</title>", page)[1]
@@ -245,7 +245,7 @@ def test_the_tokenizer_knows_every_wording():
 # ---- training ----
 
 
-def test_the_quickened_model_computes_the_same(built_in_font, monkeypatch):
+def test_the_faster_model_computes_the_same(built_in_font, monkeypatch):
     monkeypatch.setattr(stages.JointStage, "draw_unseen", lambda *_: [])
     stage = stages.JointStage(arguments(), random.Random(0))
     for name, parameter in stage.model.named_parameters():
@@ -263,7 +263,7 @@ def test_the_quickened_model_computes_the_same(built_in_font, monkeypatch):
 
 
 def model_inputs(tiles: list, prompt) -> dict[str, torch.Tensor]:
-    """What `forward` takes, with labels on the first answer."""
+    """The inputs of `forward`, with labels on the first answer."""
     ids, span = torch.tensor([prompt.ids]), prompt.answers[0]
     labels = torch.full_like(ids, -100)
     labels[0, span.start + 1 : span.stop + 1] = ids[0, span.start + 1 : span.stop + 1]
@@ -276,7 +276,7 @@ def model_inputs(tiles: list, prompt) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("shown", "known"), [((0, 1), True), ((1, 0), False)])
-def test_a_head_that_sees_the_words_for_a_picture_is_told_from_one_that_does_not(
+def test_a_head_that_sees_the_words_for_a_picture_has_the_lower_loss(
     shown, known, built_in_font, monkeypatch
 ):
     """Tokens that carry what picture `shown[p]` holds look at the words of the same name."""
@@ -316,12 +316,12 @@ def test_a_few_steps_lower_the_loss_and_a_run_resumes(tmp_path, built_in_font):
     resumed = run(arguments(), tmp_path / "rest", max_steps=16, resume_from_checkpoint=str(checkpoint))
     assert [line["step"] for line in whole if "eval_score" in line] == [8, 16]
     again = [line["loss"] for line in resumed if "loss" in line]
-    assert again == pytest.approx(losses, rel=0.05)  # the full tiles beside the samples are others
+    assert again == pytest.approx(losses, rel=0.05)  # the full tiles that accompany the samples differ
 
 
 @pytest.mark.slow
-def test_a_step_sets_every_weight_by_the_schedule(built_in_font, monkeypatch):
-    """Muon and AdamW are one optimizer: its learning rates are theirs, after loading a state, too."""
+def test_a_step_changes_every_weight_by_the_scheduled_rate(built_in_font, monkeypatch):
+    """Muon and AdamW are one optimizer: its learning rates are theirs, even after loading a state."""
     optimizer = train.MuonAdamW(stages.DenseStage(arguments("dense"), random.Random(0)), 0.02, 0.001)
     assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.001, 0.001]
     optimizer.load_state_dict(optimizer.state_dict())
@@ -358,7 +358,7 @@ def test_small_print_comes_once_some_reading_is_known():
     assert early.count("which") > 2 * late.count("which") > 0
 
 
-def test_batches_that_are_to_be_added_up_are_refused(tmp_path):
+def test_gradient_accumulation_is_rejected(tmp_path):
     settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3, "use_cpu": True}
     with pytest.raises(ValueError, match="--per_device_train_batch_size 24"):
         train.train(arguments("dense"), TrainingArguments(str(tmp_path), **settings))
@@ -376,13 +376,13 @@ stages.find_fonts = lambda *_: [[BUILT_IN]]
 settings = {**train.DEFAULTS, "max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
 trainer = train.train(stages.StageArguments("dense"), TrainingArguments(sys.argv[1], **settings))
 weights = sum(weight.double().abs().sum().item() for weight in trainer.stage.state_dict().values())
-seen = trainer.stage.rng.random()  # what was drawn last decides it
+seen = trainer.stage.rng.random()  # the last draw determines it
 Path(sys.argv[1], str(trainer.args.process_index)).write_text(f"{weights} {seen}")
 """
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model_on_samples_of_their_own(tmp_path):
+def test_two_processes_train_one_model_on_their_own_samples(tmp_path):
     (tmp_path / "run.py").write_text(TWO_PROCESSES)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -427,7 +427,7 @@ def nano():
 
 
 def answers_to(nano, sample: Sample, hd_num: int | None = None) -> list[bool]:
-    """For each turn, with the history of those before, whether the answer is right."""
+    """For each turn, with the history of the previous ones, whether the answer is right."""
     tokenizer, model = nano
     history, rights = [], []
     for question, right in sample.turns:
@@ -451,7 +451,7 @@ def test_the_checkpoint_answers_held_back_questions(ability, nano):
     assert np.mean(rights) >= 0.65  # six samples of an ability that is right nine times in ten
 
 
-def test_tiles_are_what_small_print_is_read_by(nano):
+def test_small_print_is_read_from_tiles(nano):
     rng = random.Random("test small")
     samples = [draw("small", "held_back", rng) for _ in range(10)]
     tiled = sum(answers_to(nano, sample)[0] for sample in samples)
@@ -460,7 +460,7 @@ def test_tiles_are_what_small_print_is_read_by(nano):
 
 @pytest.mark.slow
 def test_the_checkpoint_writes_pages_and_articles(nano):
-    """By its task adapters, about held-back words."""
+    """With its task adapters, about held-back words."""
     tokenizer, model = nano
     rng, rights = random.Random("test writing"), []
     settings = {"tokenizer": tokenizer, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}

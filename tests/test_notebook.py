@@ -1,4 +1,4 @@
-"""The notebook in `examples/` runs from top to bottom, and its stored outputs are what it gives."""
+"""The notebook in `examples/` runs from top to bottom, and its stored outputs are what it produces."""
 
 import ast
 import importlib.util
@@ -44,7 +44,7 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def printed(cell: nbformat.NotebookNode) -> str:
-    """What a cell printed and what it came to, as text; pictures left out."""
+    """What a cell printed and what it evaluated to, as text; pictures left out."""
     parts = [output.text for output in cell.outputs if output.get("name") == "stdout"]
     values = [output.data for output in cell.outputs if "data" in output]
     parts += [data["text/plain"] for data in values if not any(kind.startswith("image/") for kind in data)]
@@ -57,7 +57,7 @@ def num_pictures(cell: nbformat.NotebookNode) -> int:
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory) -> nbformat.NotebookNode:
-    """The notebook after a run in a fresh kernel, where it lies."""
+    """The notebook after a run in a fresh kernel, in its own folder."""
     home = str(tmp_path_factory.mktemp("home"))
     notebook = read_notebook()
     for cell in code_cells(notebook):
@@ -95,7 +95,7 @@ def test_it_streams_an_answer_in_pieces(executed):
     assert len(pieces) > 1 and all(pieces) and "".join(pieces) == "an orange star"
 
 
-def test_it_is_small_and_knows_no_machine():
+def test_it_is_small_and_mentions_no_machine():
     notebook = read_notebook()
     nbformat.validate(notebook)
     assert NOTEBOOK.stat().st_size < MAX_BYTES
@@ -169,6 +169,6 @@ def test_the_tokens_are_those_of_the_model(show_tiles):
         (Path("no such picture.png"), None, FileNotFoundError),
     ],
 )
-def test_what_chat_would_refuse_is_refused(show_tiles, media, hd_num, error):
+def test_what_chat_would_reject_is_rejected(show_tiles, media, hd_num, error):
     with pytest.raises(error):
         show_tiles(media, tiny_config("2.5"), hd_num)

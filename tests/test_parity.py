@@ -21,7 +21,7 @@ GREEDY_TOKENS = 32
 
 
 def call_of(case: dict) -> dict:
-    """The recorded arguments of `chat`, with paths made whole."""
+    """The recorded arguments of `chat`, with full paths."""
     call = dict(case["call"])
     image = call.get("image")
     if isinstance(image, list):
@@ -144,7 +144,7 @@ def test_full_size_models_have_the_published_keys(name):
     config = tiny_config("2.5", vision_config=None, image_token_id=None).complete_from_shapes(shapes)
     assert config.vision_config.num_attention_heads == 16
     assert shapes["vision_proj.0.weight"][1] == config.projector_input_size
-    # Heads can't be told from the weights; a published file always names them.
+    # The weights don't determine the heads; a published file always gives them.
     text = config.text_config
     text.num_attention_heads, text.num_key_value_heads = text.hidden_size // 128, 8
     with torch.device("meta"):

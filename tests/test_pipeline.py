@@ -11,7 +11,7 @@ from internlm_xcomposer2.configuration_internlm_xcomposer2 import CONFIG_AUTO_MA
 from test_docs import offline_environment
 from transformers import pipeline
 
-# A plain clone is on no path of this process, so that its files are read as remote code.
+# A plain clone is not on this process's path, so its files are read as remote code.
 REMOTE = """
 import json, sys
 from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline
@@ -100,12 +100,12 @@ def test_a_text_beside_its_pictures(pipe):
     assert record["generated_text"] == f"{text}star"
 
 
-def test_a_wrong_message_is_refused(pipe):
+def test_a_wrong_message_is_rejected(pipe):
     with pytest.raises(ValueError, match="unknown content type 'audio'"):
         pipe(text=[{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}])
 
 
 def test_the_tokenizer_in_the_root_pads_where_generation_needs_it():
-    """The pipeline pads by the tokenizer's side, whatever the processor does."""
+    """The pipeline pads on the tokenizer's side, whatever the processor does."""
     fields = json.loads(Path(ROOT / "tokenizer_config.json").read_text())
     assert fields["padding_side"] == "left"

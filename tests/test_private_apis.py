@@ -1,6 +1,6 @@
-"""What the package uses of libraries that isn't public: each entry of the table in `docs/compatibility.md`.
+"""The private parts of libraries that the package uses: each entry of the table in `docs/compatibility.md`.
 
-Where one of these fails, the library has moved what the entry of that name says; the table says where it is
+If one of these fails, the library has moved what the entry of that name describes; the table says where it is
 used and what for.
 """
 
@@ -27,7 +27,7 @@ ENTRIES = {}
 
 
 def entry(name: str):
-    """The test of an entry of the table."""
+    """Register a function as the test of an entry of the table."""
 
     def add(test):
         ENTRIES[name] = test

@@ -132,7 +132,7 @@ def test_a_picture_without_a_mark_goes_to_the_front_in_2_5(tiny, tokenizer, proc
         processor("2")(picture(), text)
 
 
-def test_several_pictures_get_six_tiles_each_unless_asked(processor):
+def test_several_pictures_get_six_tiles_each_by_default(processor):
     build, images = processor(hd_num=24), [picture(800, 800), picture(800, 800)]
 
     def largest(count: int, **options) -> int:
@@ -224,7 +224,7 @@ def test_rows_are_padded_on_the_chosen_side(side, processor):
     assert len(batch["image_grid_hw"]) == 3
 
 
-def test_rows_stay_ragged_or_fill_a_length_where_asked(processor):
+def test_rows_stay_ragged_or_fill_a_length_on_request(processor):
     build, texts = processor(), ["a", "a b c d"]
     assert len({len(row) for row in build(text=texts, padding=False)["input_ids"]}) == 2
     filled = build(text=texts, padding="max_length", max_length=40, return_tensors="np")
@@ -232,7 +232,7 @@ def test_rows_stay_ragged_or_fill_a_length_where_asked(processor):
     assert build(text=texts, pad_to_multiple_of=16, return_tensors="pt")["input_ids"].shape == (2, 16)
 
 
-def test_pictures_are_dealt_out_flat_or_by_row(processor):
+def test_pictures_are_distributed_flat_or_by_row(processor):
     build, images = processor(), [picture(60, 60, seed) for seed in range(3)]
     texts = ["a <ImageHere> b <ImageHere>", "no picture", "<ImageHere>"]
     flat = build(images, texts, return_tensors="pt")
@@ -262,7 +262,7 @@ def test_counts_from_sizes_are_those_of_tiles_and_ids(version, processor):
 
 
 def test_what_engines_read_of_an_expanded_prompt(processor, tokenizer):
-    """As vLLM's Transformers backend: replacements by mark, and which ids are a picture's."""
+    """Like vLLM's Transformers backend: replacements by mark, and which ids are a picture's."""
     build, images = processor(), [picture(), picture(60, 200)]
     text = "<s>see <ImageHere> and\n<ImageHere>."
     options = {"return_mm_token_type_ids": True, "return_text_replacement_offsets": True}
@@ -301,7 +301,7 @@ def test_a_video_is_what_chat_makes_of_it(tiny, tokenizer, processor):
         assert torch.equal(again["input_ids"], expected["input_ids"])
 
 
-def test_videos_beside_pictures_have_a_mark_of_their_own(processor):
+def test_videos_next_to_pictures_have_their_own_mark(processor):
     build, frames, image = processor(), [picture(120, 80, seed) for seed in range(2)], picture()
     inputs = build([image], "<VideoHere> or <ImageHere>?", [frames], return_tensors="pt")
     parts = [{"type": "video", "video": frames}, {"type": "text", "text": " or "}]
@@ -313,7 +313,7 @@ def test_videos_beside_pictures_have_a_mark_of_their_own(processor):
     expected = build.apply_chat_template(messages, chat_template=template, **TO_TENSORS)
     assert torch.equal(inputs["input_ids"], expected["input_ids"])
     assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
-    with pytest.raises(ValueError, match="marks each video by <VideoHere>"):
+    with pytest.raises(ValueError, match="must mark each video with <VideoHere>"):
         build([image], "<ImageHere> or <ImageHere>?", [frames])
 
 
@@ -325,7 +325,7 @@ def test_frames_are_sampled_and_counted(processor):
         assert inputs["input_ids"].eq(build.image_token_id).sum() == sum(counts)
 
 
-def test_videos_in_lists_are_told_from_frames(processor):
+def test_videos_in_lists_are_distinguished_from_frames(processor):
     build, film = processor(), ROOT / "examples/circle.mp4"
     once = build(text="<ImageHere>", videos=film, return_tensors="pt")["pixel_values"]
     for videos in ([film, film], [[film], [film]], [film, [film]]):
@@ -446,7 +446,7 @@ def test_a_saved_processor_is_the_same(version, processor, tmp_path):
 
 @pytest.mark.parametrize(("family", "version"), [("vl", "2"), ("4khd", "2-4khd")])
 def test_a_published_directory_needs_no_processor_files(family, version, tmp_path):
-    """Version and sizes are what the weights say; a flat file says neither."""
+    """Version and sizes come from the weights; a flat file gives neither."""
     directory = write_checkpoint(tmp_path / family, family)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(ROOT / name, directory)
@@ -514,7 +514,7 @@ BAD_CALLS = [
     ({"text": "x", "images": [picture(), picture()]}, ValueError, "0 <ImageHere> marks but 2"),
     ({"text": "x", "hd_num": 0}, ValueError, "hd_num must be at least 1"),
     ({"text": "x", "hd_num": "many"}, TypeError, "hd_num must be an integer"),
-    ({"text": "x", "hd_number": 3}, TypeError, "unknown option hd_number; the processor takes .*hd_num"),
+    ({"text": "x", "hd_number": 3}, TypeError, "unknown option hd_number; the processor accepts .*hd_num"),
     ({"text": "x", "padding_side": "top"}, ValueError, "'left' or 'right', not 'top'"),
     ({"text": "a b c d", "max_length": 2}, ValueError, "tokens with its pictures but max_length is 2"),
     ({"text": "[UNUSED_TOKEN_1]"}, ValueError, "stands for image tokens"),
@@ -547,7 +547,7 @@ def test_bad_conversations_are_named(conversation, kind, message, processor):
         processor().apply_chat_template(conversation, **TO_TENSORS)
 
 
-def test_what_sentencepiece_can_not_give_is_said(processor):
+def test_what_sentencepiece_cannot_give_is_named(processor):
     with pytest.raises(ValueError, match="needs offsets"):
         processor().apply_chat_template(ask("q"), return_assistant_tokens_mask=True, **TO_TENSORS)
     for version in ("2", "2-4khd"):

@@ -123,7 +123,7 @@ def test_the_image_mask_reaches_every_linear(source, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nano_answers(kind):
-    """Names a shape and reads a number, through `trust_remote_code` and greedily."""
+    """It names a shape and reads a number, with `trust_remote_code` and greedy decoding."""
     model = AutoModel.from_pretrained(
         ROOT, trust_remote_code=True, quantization_config=quantization_config(kind)
     )
@@ -165,11 +165,11 @@ def test_a_dictionary_will_do(source):
 
 
 @pytest.mark.parametrize("device_map", [None, "cpu", {"": "cpu"}])
-def test_the_int4_layout_of_gpus_is_refused_on_a_cpu(source, device_map):
+def test_the_int4_layout_of_gpus_is_rejected_on_a_cpu(source, device_map):
     from torchao.quantization import Int4WeightOnlyConfig
 
     config = TorchAoConfig(Int4WeightOnlyConfig(group_size=32))
-    with pytest.raises(ValueError, match="no layout for a CPU; take PrototypeInt4WeightOnlyConfig"):
+    with pytest.raises(ValueError, match="no layout for a CPU; use PrototypeInt4WeightOnlyConfig"):
         InternLMXComposer2ForCausalLM.from_pretrained(
             source, quantization_config=config, device_map=device_map
         )
@@ -192,8 +192,8 @@ def test_linears_that_do_not_fit_the_groups_are_named(source, caplog):
     assert [message for message in caplog.messages if message.startswith("5 of 10 linears")]
 
 
-def test_4_bits_in_widths_that_the_fused_kernel_refuses(tmp_path):
-    """Widths of 32 are no multiple of bitsandbytes' blocks of 64: those linears take the slower way."""
+def test_4_bits_in_widths_that_the_fused_kernel_does_not_support(tmp_path):
+    """Widths of 32 are not a multiple of bitsandbytes' blocks of 64: those linears take the slower path."""
     tiny_model("2.5").save_pretrained(tmp_path)
     full, model = load(tmp_path, dtype="float32"), load(tmp_path, "nf4", "float32")
     expected = logits_of(full)
@@ -221,10 +221,10 @@ def test_saving_and_loading_is_exact(source, tmp_path, kind, dtype, used):
     assert torch.equal(logits_of(twice, infer_mode="web"), logits_of(model, infer_mode="web"))
 
 
-def test_saving_what_has_no_form_in_a_file_is_refused_before_anything_is_written(source, tmp_path):
+def test_an_unsavable_model_is_rejected_before_anything_is_written(source, tmp_path):
     model = load(source, "torchao-int4")
     expected = logits_of(model)
-    with pytest.raises(ValueError, match="can't be saved .*Int4OpaqueTensor.*quantise it at each loading"):
+    with pytest.raises(ValueError, match="can't be saved .*Int4OpaqueTensor.*quantise it each time"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
     assert torch.equal(logits_of(model), expected)
@@ -252,10 +252,10 @@ def test_files_hold_quantised_weights_under_their_own_names(source, tmp_path):
             assert len(json.loads(metadata["tensor_names"])) == 10
 
 
-def test_metadata_of_a_model_without_a_quantised_weight_is_refused():
+def test_metadata_of_a_model_without_a_quantised_weight_is_rejected():
     plain = {"tensor_names": '["output.weight"]', "output.weight": '{"_type": "Tensor"}'}
     quantizer = SimpleNamespace(get_state_dict_and_metadata=lambda model: ({}, plain))
-    with pytest.raises(ValueError, match="none of this model's weights is quantised"):
+    with pytest.raises(ValueError, match="none of this model's weights are quantised"):
         quantization.check_savable(SimpleNamespace(hf_quantizer=quantizer))
 
 
@@ -271,7 +271,7 @@ def test_a_state_dict_does_not_disturb_a_4_bit_model(source):
 # ---- the benchmark ----
 
 
-def test_the_benchmark_measures_a_model_of_the_size_asked_for(tmp_path, monkeypatch):
+def test_the_benchmark_measures_a_model_of_the_requested_size(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["memory_quantized.py", "--hidden", "128", "--layers", "1"])
     arguments = memory_quantized.parse_arguments()
     memory_quantized.write_random_model(tmp_path, arguments)

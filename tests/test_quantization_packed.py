@@ -108,7 +108,7 @@ def test_large_weights_are_unpacked_in_pieces(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_families_equal_plain_ones(tmp_path, family):
-    """Version 2 as GPTQ with activation order, 2.5 as AWQ: the logits are those of the values packed."""
+    """Version 2 as GPTQ with activation order, 2.5 as AWQ: the logits are those of the packed values."""
     method = "awq" if VERSION_OF_FAMILY[family] == "2.5" else "gptq"
     packed, plain = pack_checkpoint(recipe_state_dict(family), method, act_order=method == "gptq")
     fields = {"quantization_config": AWQ_FIELDS if method == "awq" else GPTQ_FIELDS | {"desc_act": True}}
@@ -160,7 +160,7 @@ def test_every_file_format(tmp_path, tiny_packed, kind, shards):
 @pytest.mark.parametrize("base", ["gptq_model-4bit-16g", "named"])
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_names_of_the_packer(tmp_path, tiny_packed, base, kind):
-    """`quantize_config.json` beside weights under names of its own, the configuration silent."""
+    """`quantize_config.json` next to weights under its own names, and nothing in the configuration."""
     packed, fields, expected = tiny_packed
     write_published(tmp_path, packed, fields, kind=kind)
     written = tmp_path / ("model.safetensors" if kind == "safetensors" else "pytorch_model.bin")
@@ -281,10 +281,10 @@ def test_each_weight_is_unpacked_once_and_not_copied(tmp_path, tiny_packed, monk
     assert {linear.weight.data_ptr() for linear in linears} == set(addresses)
 
 
-def test_quantising_again_is_refused(tmp_path, tiny_packed):
+def test_quantising_again_is_rejected(tmp_path, tiny_packed):
     packed, fields, _ = tiny_packed
     write_published(tmp_path, packed, {**fields, "quantization_config": GPTQ_FIELDS})
-    with pytest.raises(ValueError, match="have 4 bits already, by gptq; leave quantization_config out"):
+    with pytest.raises(ValueError, match="already have 4 bits, by gptq; leave quantization_config out"):
         AutoModel.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
 
@@ -314,7 +314,7 @@ def test_packing_of_the_published_layouts():
     assert packing_of({"model.norm.weight": (8,)}, tiny_config()) is None
 
 
-def test_damaged_checkpoints_are_refused_with_their_names(tmp_path, tiny_packed):
+def test_damaged_checkpoints_are_rejected_with_their_names(tmp_path, tiny_packed):
     packed, fields, _ = tiny_packed
     linear = "model.layers.1.feed_forward.w2.linear"
     lost = {
@@ -326,12 +326,12 @@ def test_damaged_checkpoints_are_refused_with_their_names(tmp_path, tiny_packed)
     floats = {**packed, f"{linear}.qweight": packed[f"{linear}.qweight"].float()}
     beyond = {**packed, f"{linear}.g_idx": packed[f"{linear}.g_idx"] + 1}
     for damaged, match in (
-        (lost, rf"2 tensors lack: {linear}\.qzeros, {linear}\.scales"),
+        (lost, rf"2 tensors are missing: {linear}\.qzeros, {linear}\.scales"),
         (short, rf"1 packed weights are damaged: {linear}\.g_idx is \(64,\)"),
-        (narrow, rf"damaged: {linear}\.qweight is \(8, 32\), where scales \(4, 24\) ask for \(8, 24\)"),
+        (narrow, rf"damaged: {linear}\.qweight is \(8, 32\), but scales \(4, 24\) require \(8, 24\)"),
         (flat, rf"damaged: {linear}\.scales is \(128,\)"),
-        (floats, rf"1 packed tensors are not of 32-bit integers: {linear}\.qweight"),
-        (beyond, rf"{linear}\.g_idx names groups 1 to 4 of 4"),
+        (floats, rf"1 packed tensors are not 32-bit integers: {linear}\.qweight"),
+        (beyond, rf"{linear}\.g_idx names groups 1 to 4, but there are 4"),
     ):
         write_published(tmp_path, damaged, fields)
         with pytest.raises(ValueError, match=match):
@@ -355,7 +355,7 @@ def test_configurations_that_do_not_fit(tmp_path, tiny_packed, fields, match):
         AutoModel.from_pretrained(tmp_path)
 
 
-def test_layouts_that_can_not_be_unpacked():
+def test_layouts_that_cannot_be_unpacked():
     three = {"w.qweight": (12, 64), "w.qzeros": (4, 6), "w.scales": (4, 64), "w.g_idx": (128,)}
     with pytest.raises(ValueError, match="gptq with 3 bits can't be unpacked, only with 2 or 4 or 8"):
         packing_of(three)

@@ -87,7 +87,7 @@ def test_a_picture_is_recognised_by_its_content(model, tokenizer, tmp_path):
         model.chat(tokenizer, "and?", picture(), hd_num=1, history=history, **GREEDY)
     assert tiles == [
         1
-    ]  # cut otherwise, so another picture to the decoder; its one tile is its global view, too
+    ]  # cut differently, so a different picture to the decoder; its one tile is also its global view
 
 
 def test_a_new_picture_in_a_later_turn_is_the_only_one_encoded(model, tokenizer):
@@ -96,7 +96,7 @@ def test_a_new_picture_in_a_later_turn_is_the_only_one_encoded(model, tokenizer)
     images = [picture(), picture(shade=9)]
     with counted(model) as (_, tiles):
         answer = model.chat(tokenizer, f"and {MARK}?", images, history=history, **ask)
-    assert tiles == [1]  # the one tile of a square is its global view, too
+    assert tiles == [1]  # the one tile of a square is also its global view
     assert answer == model.chat(tokenizer, f"and {MARK}?", images, history=list(history), **ask)
 
 
@@ -164,7 +164,7 @@ def test_beams_and_sampling(model, tokenizer, settings):
     assert all(len(tensor) == 1 for layer in history.prompt_cache.layers for tensor in layer)
 
 
-def test_copies_go_on_apart(model, tokenizer):
+def test_copies_continue_independently(model, tokenizer):
     _, history = model.chat(tokenizer, "what?", picture(), **GREEDY)
     histories = [history, history.copy(), copy.copy(history), copy.deepcopy(history), history + []]
     before = [tuple(tensor.clone() for tensor in layer) for layer in history.prompt_cache.layers]
@@ -265,7 +265,7 @@ def test_a_failed_call_leaves_the_history_as_it_was(model, tokenizer):
 
 
 def library_only(**settings) -> dict:
-    """Arguments that keep `generate` from beginning with a prompt computed once."""
+    """Arguments that keep `generate` from computing the prompt once beforehand."""
     return {"cache_implementation": "dynamic", **settings}
 
 

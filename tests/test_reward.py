@@ -40,7 +40,7 @@ AUTO_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassificat
 
 
 def tiny_reward():
-    """A random reward model with the weights of `tiny_model`, its head aside."""
+    """A random reward model with the weights of `tiny_model`, except for its head."""
     chat = tiny_model()
     model = InternLMXComposer2ForSequenceClassification(chat.config).eval()
     model.load_state_dict(chat.state_dict(), strict=False)
@@ -145,8 +145,8 @@ def test_rank_and_compare_follow_the_scores(reward, chats):
     assert not reward.compare(*first, *first, hd_num=2)
 
 
-def test_equal_conversations_tie_wherever_they_stand_in_a_batch(reward, chats):
-    """Rounding in a batch depends on what stands beside a row, so that each conversation is scored once."""
+def test_equal_conversations_tie_wherever_they_are_in_a_batch(reward, chats):
+    """Rounding in a batch depends on what is beside a row, so each conversation is scored only once."""
     conversations, images = chats
     for order in ([0, 1, 0, 0], [0, 0], [1, 0, 1, 0]):
         scores = reward.get_scores([conversations[i] for i in order], [images[i] for i in order], hd_num=2)
@@ -172,7 +172,7 @@ def test_videos_are_scored(reward, pictures):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padding_on_either_side_leaves_the_scores(side, attention):
+def test_padding_on_either_side_leaves_the_scores_unchanged(side, attention):
     model = tiny_reward()
     model.set_attn_implementation(attention)
     rows = [picture_inputs(model, grids) for grids in ([(1, 2)], [(2, 1), (1, 1)])]
@@ -219,11 +219,11 @@ def test_labels_give_the_losses_of_the_library():
         ({"conversations": []}, TypeError, "at least one, not"),
         ({"conversations": ask("a", "b")}, TypeError, "list of at least one message"),
         ({"conversations": [[]]}, TypeError, "at least one message"),
-        ({"conversations": [ask("a", "b")[:1]]}, ValueError, "last message is of 'user'"),
+        ({"conversations": [ask("a", "b")[:1]]}, ValueError, "last message is from 'user'"),
         (
             {"conversations": [[{"role": "bot", "content": "b"}]]},
             ValueError,
-            "unknown role 'bot'; it is one of",
+            "unknown role 'bot'; choose one of",
         ),
         ({"images": "a.png"}, TypeError, "entry per conversation"),
         ({"images": [[], []]}, ValueError, "1 conversations but 2 images"),
@@ -248,7 +248,7 @@ def test_faults_are_named_before_any_compute(reward, arguments, error, words):
             handle.remove()
 
 
-def test_a_picture_is_passed_in_one_way(reward, pictures):
+def test_a_picture_is_passed_only_one_way(reward, pictures):
     part = {"type": "image", "image": pictures[0]}
     messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "red"}]
     with pytest.raises(ValueError, match="hold 1 pictures and 1 more"):
@@ -279,7 +279,7 @@ def score_of(model):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_the_weights_make_it_a_reward_model_whoever_asks(tmp_path, kind):
+def test_the_weights_make_it_a_reward_model_whichever_class_loads_it(tmp_path, kind):
     model = tiny_reward()
     write_published(tmp_path, reward_weights(model), flat_config(model), kind=kind, shards=2)
     for auto_class in AUTO_CLASSES:
@@ -310,7 +310,7 @@ def test_a_chat_checkpoint_gets_a_new_head_and_says_so(tmp_path, monkeypatch):
     assert wide.score.weight.shape == (4, 32)
 
 
-def test_a_reward_model_that_lacks_more_than_its_head_is_refused(tmp_path):
+def test_a_reward_model_that_lacks_more_than_its_head_is_rejected(tmp_path):
     model = tiny_reward()
     weights = reward_weights(model)
     weights["model.norm.other"] = weights.pop("model.norm.weight")
@@ -344,7 +344,7 @@ assert "internlm_xcomposer2" not in sys.modules
 
 @pytest.mark.slow
 def test_an_adopted_reward_checkpoint_loads_without_the_package(tmp_path, tokenizer, capsys):
-    """Adopted and converted from the published layout, and with the modules beside what is published."""
+    """Adopted and converted from the published layout, and with the modules beside the published files."""
     model = tiny_reward()
     published_map = {
         "AutoConfig": "configuration_internlm_xcomposer2.InternLMXcomposer2Config",
@@ -420,7 +420,7 @@ def samples_of(reward, pairs, pixels):
 
 
 @pytest.mark.parametrize("with_pictures", [False, True])
-def test_the_published_trainer_gets_scores_in_turn_and_their_loss(reward, with_pictures):
+def test_the_published_trainer_gets_alternating_scores_and_their_loss(reward, with_pictures):
     pairs = [
         (ask("what?", "red"), ask("what?", "blue sky")),
         (ask("why?", "so"), ask("why?", "I don't know")),

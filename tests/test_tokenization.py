@@ -41,7 +41,7 @@ def train_model(pieces: list[str]) -> bytes:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Our root modules beside a toy tokenizer.model and a configuration in the published style."""
+    """Our root modules next to a toy tokenizer.model and a configuration in the published style."""
     folder = tmp_path_factory.mktemp("checkpoint")
     for name in MODULES:
         shutil.copy(ROOT / name, folder)
@@ -166,13 +166,13 @@ def test_markup_is_matched_whole_and_stays_visible(tokenizer):
     assert tokenizer.decode(ids, skip_special_tokens=True) == "x[UNUSED_TOKEN_145]y"
 
 
-def test_blank_stands_before_a_run_that_ends_in_a_special_token(tokenizer):
+def test_a_space_precedes_a_run_that_ends_in_a_special_token(tokenizer):
     assert tokenizer.decode(tokenizer("a</s>").input_ids) == " <s> a</s>"
     assert tokenizer.decode([1, 1, 2, 2]) == " <s><s></s></s>"
     assert tokenizer.decode([0]) == " <unk>"
 
 
-def test_added_tokens_stand_for_themselves(tokenizer):
+def test_added_tokens_appear_as_they_are(tokenizer):
     size = len(tokenizer)
     assert tokenizer.add_tokens("<ImageHere>", special_tokens=True) == 1
     assert len(tokenizer) == size + 1 and tokenizer.vocab_size == size
@@ -232,12 +232,12 @@ def test_template_starts_once_and_opens_the_answer(tokenizer):
     assert ids == tokenizer(text.removeprefix("<s>")).input_ids
 
 
-def test_template_keeps_leading_and_trailing_blanks(tokenizer):
+def test_template_keeps_leading_and_trailing_spaces(tokenizer):
     text = tokenizer.apply_chat_template([{"role": "user", "content": "\n hi \n"}], tokenize=False)
     assert text == "<s>[UNUSED_TOKEN_146]user\n\n hi \n[UNUSED_TOKEN_145]\n"
 
 
-def test_template_refuses_unknown_parts(tokenizer):
+def test_template_rejects_unknown_parts(tokenizer):
     with pytest.raises(Exception, match="not audio"):
         tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}], tokenize=False)
 
@@ -319,7 +319,7 @@ def test_damaged_vocabulary(directory, tmp_path, damage):
 
 
 @pytest.mark.parametrize("index", [-1, 320])
-def test_unknown_ids_are_refused(tokenizer, index):
+def test_unknown_ids_are_rejected(tokenizer, index):
     with pytest.raises(ValueError, match=f"{index} is outside 0..319"):
         tokenizer.decode([1, index])
 

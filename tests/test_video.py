@@ -1,4 +1,4 @@
-"""A film of an hour: skipped through, never held, and with a bar for those who wait."""
+"""An hour of video: skipped through, never held in memory, and with a bar for those who wait."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ def hour(tmp_path_factory) -> Path:
         stream = container.add_stream("mpeg4", rate=FPS)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = 32, 32, "yuv420p", KEYFRAMES_EVERY
         for index in range(NUM_FRAMES):
-            planes = np.full((48, 32), 128, np.uint8)  # 32 rows of light, then colour, of which there is none
+            planes = np.full((48, 32), 128, np.uint8)  # 32 rows of luma, then neutral chroma
             planes[:32] = grey(index)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, "yuv420p")))
         container.mux(stream.encode())
@@ -64,7 +64,7 @@ def test_an_hour_is_skipped_through(hour, monkeypatch):
     np.testing.assert_allclose(found, expected, atol=6)
 
 
-def test_progress_is_shown_where_someone_waits(hour, capsys, monkeypatch):
+def test_progress_is_shown_if_someone_is_waiting(hour, capsys, monkeypatch):
     load_video(hour)
     assert capsys.readouterr() == ("", "")
     load_video(hour, progress=True)

@@ -99,7 +99,7 @@ def test_scripts_join_the_page(page, answer, merged):
     assert merge_scripts(page, answer) == merged
 
 
-def test_joined_scripts_stay_apart():
+def test_joined_scripts_stay_separate():
     assert join_scripts(["a()", " ", "\nb();\n", "[c]"]) == "a()\nb();\n[c]"
     assert join_scripts(["a = b", "`c`.d()"]) == "a = b\n;\n`c`.d()"
     assert join_scripts([]) == ""
@@ -120,7 +120,7 @@ def test_page_path(tmp_path, monkeypatch):
     "task",
     ["", "  ", ".", "..", "../x", "a/b", "/etc/x", "a\\b", "C:x", "a\0b", "a\nb", "nul", "Com1.x", "a" * 251],
 )
-def test_task_can_not_leave_the_directory(task, tmp_path):
+def test_task_cannot_leave_the_directory(task, tmp_path):
     with pytest.raises(ValueError, match="task"):
         page_path(task, tmp_path)
 

@@ -1,4 +1,4 @@
-"""The quantisations that are tested and measured here, by the short names that scripts take."""
+"""The quantisations that are tested and measured here, by the short names that scripts accept."""
 
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
@@ -16,14 +16,14 @@ QUANTIZATIONS = {
 
 
 def quantization_config(name: str, **fields) -> QuantizationConfigMixin:
-    """The `quantization_config` of a short name, with other fields of its class.
+    """The `quantization_config` for a short name, with other fields of its class.
 
     Raises:
         ValueError: there is no such name.
         ImportError: its package is not installed (`pip install -e '.[quant]'`).
     """
     if name not in QUANTIZATIONS:
-        raise ValueError(f"{name!r} is none of {', '.join(QUANTIZATIONS)}")
+        raise ValueError(f"unknown quantization {name!r}; choose one of {', '.join(QUANTIZATIONS)}")
     if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, **fields)
     if name.startswith("nf4"):

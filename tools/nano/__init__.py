@@ -1,1 +1,1 @@
-"""What trains the nano checkpoint: drawn pictures, questions about them, and the training itself."""
+"""Training of the nano checkpoint: drawn pictures, questions about them, and the training itself."""

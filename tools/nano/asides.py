@@ -1,8 +1,8 @@
-"""What the decoder has to know of its pictures' tokens: terms of the loss beside that of the answers.
+"""What the decoder must know about its pictures' tokens: loss terms in addition to that of the answers.
 
-To find the picture that was asked for, the decoder has to match words with pictures and to copy a number, and
-neither pays off without the other; to say where an object is, it has to know where each token lies, which is
-of no use until it looks at the right ones. These begin it. Several pictures are of one tile each.
+To find the picture that was asked for, the decoder must match words with pictures and copy a number, and
+neither pays off without the other; to say where an object is, it must know where each token is, which is
+useless until it looks at the right ones. These terms get it started. Several pictures have one tile each.
 """
 
 import functools
@@ -17,10 +17,10 @@ from .dense import UNKNOWN
 from .prompts import TOKENS_ALONG_TILE, Prompt
 from .questions import COLOURS, MOST_OBJECTS, SHAPES
 
-ORDER_LAYER, ASKED_LAYER = 2, 3  # after how many of the decoder's layers a picture's tokens have to know
+ORDER_LAYER, ASKED_LAYER = 2, 3  # after how many of the decoder's layers a picture's tokens must know
 POINTER_LAYERS = (2, 3)
 READING_LAYERS = (2, 3)
-# (keys, which of the heads that have them)
+# (key head, which of the query heads that share it)
 POINTER_HEAD, READING_HEAD, COPYING_HEAD, MATCHING_HEAD = (0, 0), (0, 1), (1, 0), (1, 1)
 MOST_PICTURES = 3
 MOST_TILES = 6  # along a picture
@@ -29,7 +29,7 @@ READING_WEIGHT = 0.3
 
 
 class Asides(nn.Module):
-    """Heads that are thrown away after training, and what they are trained by."""
+    """Heads that are thrown away after training, and the losses that train them."""
 
     def __init__(self, width: int, name_ids: tuple[list[int], list[int]]):
         """`name_ids`: the ids of the names of colours and shapes."""
@@ -44,7 +44,7 @@ class Asides(nn.Module):
     def forward(
         self, decoder: nn.Module, hidden: tuple[Tensor, ...], mask: Tensor | None, prompts: list[Prompt]
     ) -> Tensor:
-        """The sum of all terms for prompts with equally many pictures, which lie where `mask` says."""
+        """The sum of all terms for prompts with equally many pictures, which are where `mask` is true."""
         if mask is None:
             copy = self.reading_loss(decoder, hidden, None, prompts)
             self.losses["copy"] = copy.item()
@@ -67,7 +67,7 @@ class Asides(nn.Module):
         return PLACE_WEIGHT * place + sum(terms.values())
 
     def place_loss(self, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]) -> Tensor:
-        """How badly the tokens of local tiles know their row and column, of the tile and in it."""
+        """How badly the tokens of local tiles know the row and column of their tile, and theirs within it."""
         grids = [grid for prompt in prompts for grid in prompt.grids]
         places = torch.cat([token_places(*grid) for grid in grids])
         logits = self.place_head(hidden[ORDER_LAYER][mask])
@@ -77,14 +77,14 @@ class Asides(nn.Module):
     def order_loss(self, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]) -> Tensor:
         """How badly the tokens of each picture know which one they belong to.
 
-        Among a hundred tokens the one that numbers a picture is too faint a cue to be found from the answer.
+        Among a hundred tokens, the one that numbers a picture is too faint a cue to be found from the answer.
         """
         logits = self.order_head(by_picture(hidden[ORDER_LAYER], mask, prompts))
         places = torch.arange(logits.shape[1])[None, :, None].expand(logits.shape[:3])
         return known_loss(logits, places)
 
     def asked_loss(self, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]) -> Tensor:
-        """How badly they know, where the question stands first, whether theirs was asked for."""
+        """How badly they know whether their picture was asked for, if the question comes first."""
         logits = self.asked_head(by_picture(hidden[ASKED_LAYER], mask, prompts))
         places = torch.arange(logits.shape[1])[None, :, None]
         right = torch.tensor([prompt.asked for prompt in prompts])[:, None, None]
@@ -101,7 +101,7 @@ class Asides(nn.Module):
     ) -> Tensor:
         """How far the mean token of each picture is from the embeddings of its colour's and its shape's name.
 
-        A picture is then matched with the words for what it shows by a mere inner product.
+        A mere inner product then matches a picture with the words for what it shows.
         """
         means = by_picture(hidden[ORDER_LAYER], mask, prompts).mean(2)
         means = decoder.layers[ORDER_LAYER].attention_norm(means)
@@ -116,7 +116,7 @@ class Asides(nn.Module):
     ) -> Tensor:
         """How little one head of each picture's tokens sees of the question's words for what it shows.
 
-        Where the question has none for it, how much it sees of the words for something else.
+        If the question has no words for it, how much it sees of the words for something else.
         """
         query, key = one_head(decoder, ORDER_LAYER, MATCHING_HEAD, hidden[ORDER_LAYER], mask)
         terms = []
@@ -140,7 +140,7 @@ class Asides(nn.Module):
     def pointer_loss(
         self, decoder: nn.Module, hidden: tuple[Tensor, ...], mask: Tensor, prompts: list[Prompt]
     ) -> Tensor:
-        """How little one head of each upper layer looks at the right picture where its number is said."""
+        """How little one head of each upper layer looks at the right picture when its number is said."""
         choices = [(row, *prompt.choice) for row, prompt in enumerate(prompts) if prompt.choice]
         if not choices:
             return mask.new_zeros((), dtype=torch.float32)
@@ -156,10 +156,10 @@ class Asides(nn.Module):
     def reading_loss(
         self, decoder: nn.Module, hidden: tuple[Tensor, ...], mask: Tensor | None, prompts: list[Prompt]
     ) -> Tensor:
-        """How little of what a head sees of the picture lies where the next character to be said stands.
+        """How little of what a head sees of the picture is where the next character to be said is.
 
-        Without it strings are read by a blurred look at all of them, and like neighbours are mixed up. Where
-        there is no picture a head of the last layer looks at the text, at what is to be repeated.
+        Without it, strings are read by a blurred look at all of them, and similar neighbours are mixed up. If
+        there is no picture, a head of the last layer looks at the text that is to be repeated.
         """
         reads = [(row, at, tokens) for row, prompt in enumerate(prompts) for at, tokens in prompt.reads]
         if not reads:
@@ -185,7 +185,7 @@ class Asides(nn.Module):
 
 @functools.cache
 def token_places(rows: int, cols: int) -> Tensor:
-    """(tokens of a picture, 4): row and column of the tile, and in it; unknown but in local tiles."""
+    """(tokens of a picture, 4): row and column of the tile, and in it; unknown except in local tiles."""
     side = TOKENS_ALONG_TILE
     down = torch.arange(rows * side)[:, None].expand(-1, cols * side + 1)
     right = torch.arange(cols * side + 1)[None].expand(rows * side, -1)
@@ -215,11 +215,11 @@ def by_picture(hidden: Tensor, mask: Tensor, prompts: list[Prompt]) -> Tensor:
 
 
 def known_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy of (..., classes) over the targets that are known; zero where none is."""
+    """Mean cross entropy of (..., classes) over the targets that are known; zero if none is."""
     total = functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
     return total / max(1, int((targets != UNKNOWN).sum()))
 
 
 def ids_of_names(piece_to_id) -> tuple[list[int], list[int]]:
-    """The ids of the names of colours and shapes, as they stand inside of a sentence."""
+    """The ids of the names of colours and shapes, as they occur inside a sentence."""
     return tuple([piece_to_id(f"\u2581{name}") for name in names] for names in (COLOURS, SHAPES))

@@ -1,7 +1,7 @@
 """Draws a run's curves: `python -m tools.nano.curves runs/joint/trainer_state.json --out docs/nano.png`.
 
-Left the loss of the answers, right the share of unseen answers that come out exactly, by ability. Needs
-matplotlib.
+On the left the loss of the answers, on the right the share of unseen answers that are exactly right, by
+ability. Needs matplotlib.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""The dense task: what lies under each of 16 x 16 points of a tile, read from the tower's patch features.
+"""The dense task: what is under each of 16 x 16 points of a tile, read from the tower's patch features.
 
 One word per picture is far too little signal to learn glyphs at any place and size; tiles full of text,
-with an answer at every point, are what teaches the tower to see. The head is thrown away afterwards.
+with an answer at every point, teach the tower to see. The head is thrown away afterwards.
 """
 
 import random
@@ -25,7 +25,7 @@ UNKNOWN = -100
 
 
 def grid_labels(marks: np.ndarray, left: float, top: float) -> np.ndarray:
-    """(marks, 7) -> (3, 16, 16) labels of the tile whose corner lies at (left, top)."""
+    """(marks, 7) -> (3, 16, 16) labels of the tile whose corner is at (left, top)."""
     grid = np.full((3, POINTS, POINTS), UNKNOWN, np.int64)
     grid[0] = 0
     spacing = TILE / POINTS
@@ -56,7 +56,7 @@ class Pages:
     """A pool of pages, each cut many times before a fresh one takes its place."""
 
     def __init__(self, rng: random.Random, families: list[list[str]], size: int = 40, first: int = 10):
-        """A pool of `size` pages at most, `first` of them drawn at once."""
+        """A pool of at most `size` pages, `first` of them drawn right away."""
         self.rng, self.families, self.size, self.pool = rng, families, size, []
         for _ in range(first):
             self.renew()
@@ -82,7 +82,7 @@ class Pages:
 
 
 class DenseHead(nn.Module):
-    """Linear classes for the four points of each patch."""
+    """Linear classifiers for the four points of each patch."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -108,6 +108,6 @@ def dense_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def glyph_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of the points on characters and shapes whose name is right."""
+    """Share of the points on characters and shapes that are named right."""
     guesses, names = logits[..., : FIELDS[0]].argmax(-1), labels[:, 0]
     return (guesses == names)[names > 0].float().mean().item()

@@ -20,8 +20,8 @@ TASK_ADAPTERS = {"sft": 8, "dpo": 8, "web": 16}  # ranks; what write_artical and
 def export(checkpoint: Path, root: Path, out: Path, adapters: bool = False) -> None:
     """Writes `config.json`, `generation_config.json` and the weights, in float32, into `out`.
 
-    `checkpoint` is the folder of a stage's weights, with `adapters` given new ones that do nothing yet, or
-    that of a model whose adapters were trained.
+    `checkpoint` is the folder of a stage's weights, which `adapters` gives new adapters that do nothing yet,
+    or that of a model whose adapters were trained.
     """
     if (checkpoint / "config.json").exists():
         model = InternLMXComposer2ForCausalLM.from_pretrained(checkpoint)
@@ -29,7 +29,7 @@ def export(checkpoint: Path, root: Path, out: Path, adapters: bool = False) -> N
         model = model_of(load_file(checkpoint / WEIGHTS), root, TASK_ADAPTERS if adapters else {})
     model.config.auto_map = dict(CONFIG_AUTO_MAP)
     for part in (model.config.text_config, model.config.vision_config):
-        part.dtype = None  # the whole has one
+        part.dtype = None  # the whole configuration has one
     model.float().save_pretrained(out)
 
 

@@ -1,7 +1,7 @@
 """Fonts on this machine: which are plain enough to read, and which split each family belongs to.
 
-Families that descend from one another stand on the same side, so that a held-back font is new in shape
-and not only in name.
+Families that descend from one another are in the same split, so that a held-back font is new in shape and not
+only in name.
 """
 
 import functools
@@ -32,13 +32,13 @@ SLANTED_PARATYPE = ("ptf56f", "ptf76f", "pts56f", "pts76f")
 
 
 def is_readable(path: Path) -> bool:
-    """Upright, of ordinary weight and without ornaments, judged by the file's name."""
+    """Whether a font is upright, of ordinary weight and without ornaments, judging by the file's name."""
     name = path.name.lower()
     return not any(part in name for part in TOO_FANCY + TOO_FAINT_OR_FAT + SLANTED + SLANTED_PARATYPE)
 
 
 def split_of(path: Path) -> str:
-    """The split that a font file belongs to, by the family that its name begins with."""
+    """The split that a font file belongs to, according to the family that its name begins with."""
     name = path.name.lower().replace(" ", "").replace("-", "")
     if name.startswith(HELD_BACK_FAMILIES):
         return "held_back"

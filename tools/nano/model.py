@@ -1,4 +1,4 @@
-"""The sizes of nano, what makes it quicker to train, and how it is written out."""
+"""The sizes of nano, and what makes it faster to train."""
 
 import torch
 from internlm_xcomposer2.configuration_internlm_xcomposer2 import InternLMXcomposer2Config
@@ -33,7 +33,7 @@ class FusedQuickGELUMLP(nn.Module):
 
 
 class MaskedPLoRA(nn.Module):
-    """The decoder's PLoRA without gathering rows: the low-rank product everywhere, zero off the pictures."""
+    """The decoder's PLoRA without gathering rows: the low-rank product everywhere, zero outside pictures."""
 
     def __init__(self, plora: nn.Module):
         super().__init__()
@@ -53,9 +53,9 @@ class MaskedPLoRA(nn.Module):
 
 
 def quicken(model: nn.Module) -> None:
-    """Trades MLPs of the tower and low-rank linears for ones that compute the same in less time.
+    """Replaces MLPs of the tower and low-rank linears by ones that compute the same in less time.
 
-    The names of all parameters stay as they were.
+    The names of all parameters stay the same.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -1,7 +1,7 @@
-"""Procedural pictures: a background, text or objects on it, and marks that say what lies where.
+"""Procedural pictures: a background, text or objects on it, and marks that say what is where.
 
-A picture is drawn at its own size in pixels, as a user's file would be. "Tile pixels" are those of the
-112-pixel square that the model sees once the longer side has been scaled to it: sizes are chosen there.
+A picture is drawn at its own size in pixels, like a user's file. "Tile pixels" are those of the 112-pixel
+square that the model sees once the longer side has been scaled to it: sizes are chosen there.
 Training draws sizes and positions on even pixels, the other splits on odd ones.
 """
 
@@ -37,7 +37,7 @@ PAINT_JITTER = 10
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """What lies in a box (left, top, right, bottom; px): a character of a string, or a shape."""
+    """What is in a box (left, top, right, bottom; px): a character of a string, or a shape."""
 
     name: str
     box: tuple[float, float, float, float]
@@ -86,7 +86,7 @@ class Sketch:
         return value - (value - self.parity) % 2
 
     def place(self, height: float, width: float) -> tuple[int, int]:
-        """A random (top, left) for a box that lies inside, with a margin where there is room for one."""
+        """A random (top, left) for a box inside the picture, with a margin if there is room for one."""
         edge = MARGIN * self.scale
         top = self.rng.uniform(min(edge, max(0, self.height - height)), max(0, self.height - height - edge))
         left = self.rng.uniform(min(edge, max(0, self.width - width)), max(0, self.width - width - edge))
@@ -126,7 +126,7 @@ def light_colour(rng: random.Random) -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=8)
 def noise_texture(strength: int, side: int = 1024) -> Image.Image:
-    """(side, side) RGB noise around mid-grey, the same at every call."""
+    """(side, side) RGB noise around mid-grey, the same on every call."""
     values = np.random.default_rng(strength).normal(128, strength, (side, side, 3))
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
@@ -142,13 +142,13 @@ def add_noise(rng: random.Random, image: Image.Image) -> Image.Image:
 
 
 def paint(rng: random.Random, colour: str) -> tuple[int, int, int]:
-    """A shade that goes by the name `colour`."""
+    """A shade of `colour`."""
     shade = rng.choice(PAINTS[colour])
     return tuple(min(255, max(0, part + rng.randint(-PAINT_JITTER, PAINT_JITTER))) for part in shade)
 
 
 def ink(rng: random.Random) -> tuple[tuple[int, int, int], str | None]:
-    """A dark colour to write with, and its name where it has one."""
+    """A dark colour to write with, and its name if it has one."""
     style = rng.random()
     if style < 0.35:
         return paint(rng, "black"), "black"
@@ -180,7 +180,7 @@ def write(
     y: float,
     inking: tuple[tuple[int, int, int], str | None] | None = None,
 ) -> list[Mark]:
-    """Writes `text` with its layout origin at (x, y), in a random ink or `inking`; one mark a character."""
+    """Writes `text` with its layout origin at (x, y), in a random ink or `inking`; one mark per character."""
     fill, colour = inking or ink(rng)
     pen.text((x, y), text, fill=fill, font=font)
     marks = []
@@ -201,7 +201,7 @@ def draw_object(rng: random.Random, split: str, thing: Thing) -> Picture:
 
 
 def draw_objects(rng: random.Random, split: str, things: list[Thing]) -> Picture:
-    """Several objects that do not touch, of about one size."""
+    """Several objects that do not touch, of about the same size."""
     sketch = Sketch(rng, split, least=(0.7 * TILE, 0.7 * TILE))
     size = rng.uniform(*COUNTED_SIZES) * sketch.scale
     while (boxes := scatter(sketch, len(things), size)) is None:
@@ -214,7 +214,7 @@ def draw_objects(rng: random.Random, split: str, things: list[Thing]) -> Picture
 
 
 def scatter(sketch: Sketch, count: int, size: float, tries: int = 40) -> list[tuple[int, int, int]] | None:
-    """(top, left, side) of `count` squares with a gap between any two, or None where they found no room."""
+    """(top, left, side) of `count` squares with a gap between any two, or None if they found no room."""
     gap, boxes = 4 * sketch.scale, []
     if count == 0:
         return boxes
@@ -282,12 +282,12 @@ CORNERS = _corners()
 
 
 def random_thing(rng: random.Random, but: Thing | None = None) -> Thing:
-    """A shape in a colour; other than `but` in the one, the other or both."""
+    """A shape in a colour; different from `but` in one, the other or both."""
     while True:
         thing = Thing(rng.choice(SHAPES), rng.choice(COLOURS))
         if but is None or thing != but:
             break
-    if but is not None and rng.random() < 0.5:  # as like as can be
+    if but is not None and rng.random() < 0.5:  # as similar as possible
         thing = dataclasses.replace(thing, **rng.choice([{"shape": but.shape}, {"colour": but.colour}]))
         return thing if thing != but else random_thing(rng, but)
     return thing

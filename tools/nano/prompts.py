@@ -1,4 +1,4 @@
-"""Samples as the model is given them: tiles, grids and ids."""
+"""Samples as the model gets them: tiles, grids and ids."""
 
 import dataclasses
 import itertools
@@ -36,7 +36,7 @@ DEVIATION = torch.tensor(CLIP_STD).view(3, 1, 1) * 255
 class Tiles:
     """A picture as the tower sees it."""
 
-    pixels: Tensor  # (tiles, 3, 112, 112) normalised; the global view first where there are several tiles
+    pixels: Tensor  # (tiles, 3, 112, 112) normalised; the global view first if there are several tiles
     labels: np.ndarray  # (tiles, 3, 16, 16) of the local tiles
     grid: tuple[int, int]
     strings: list[tuple[str, np.ndarray]]  # what is printed, and (characters, 4) boxes in pixels of the tiles
@@ -48,7 +48,7 @@ class Tiles:
 
 @dataclasses.dataclass
 class Prompt:
-    """A sample as ids: `answers` holds, for each turn, the positions whose next id has to be guessed."""
+    """A sample as ids: `answers` holds, for each turn, the positions whose next id must be guessed."""
 
     ids: list[int]
     answers: list[range]
@@ -58,9 +58,7 @@ class Prompt:
     counts: list[int]  # of objects; by picture
     reads: list[tuple[int, list[int]]]  # where a character is to be said, and the positions that show it
     choice: tuple[int, int] | None = None  # where the number of a picture is to be said; which, from 0
-    asked: int = (
-        UNKNOWN  # which of several pictures is the right one, from 0, where the question stands first
-    )
+    asked: int = UNKNOWN  # which of several pictures is the right one, from 0, if the question comes first
 
 
 def normalise(tiles: np.ndarray | Tensor) -> Tensor:
@@ -69,13 +67,13 @@ def normalise(tiles: np.ndarray | Tensor) -> Tensor:
 
 
 def cut(picture: Picture, hd_num: int = 1) -> Tiles:
-    """A picture cut as `chat` cuts it."""
+    """A picture cut as in `chat`."""
     width, height = picture.image.size
     return _cut_by(picture, plan_tiles(height, width, tile_size=TILE, hd_num=hd_num, layout=LAYOUT))
 
 
 def cut_video(frames: list[Picture]) -> Tiles:
-    """Frames laid out on one picture and cut as `chat` does it."""
+    """Frames arranged on one picture and cut as in `chat`."""
     image = composite_frames([frame.image for frame in frames], get_font(), tile_size=TILE)
     sizes = [frame.image.size[::-1] for frame in frames]
     plan, marks = plan_composite(sizes, tile_size=TILE), []
@@ -118,7 +116,7 @@ def tiles_of(sample: Sample) -> list[Tiles]:
 
 
 def make_prompt(sample: Sample, tiles: list[Tiles], pieces: SentencePieceProcessor, image_id: int) -> Prompt:
-    """The ids of a sample; without a picture it begins with two marks of the beginning, as `chat` has it."""
+    """The ids of a sample; without a picture it begins with BOS twice, as in `chat`."""
     ids, answers, pictures = [pieces.bos_id()] * (1 if tiles else 2), [], iter(tiles)
     for text, is_answer in segments(sample):
         if text is None:
@@ -152,9 +150,9 @@ def reads_of(
     pieces: SentencePieceProcessor,
     image_id: int,
 ) -> list[tuple[int, list[int]]]:
-    """Where the only picture has to be read, and what has to be looked at then.
+    """Where the only picture must be read, and what must be looked at then.
 
-    Of a string that is printed twice it is the last one."""
+    If a string is printed twice, it is the last one."""
     reads, grid = [], tiles[0].grid
     first = ids.index(image_id) + tiles[0].num_tokens - local_tokens(grid)
     printed = dict(tiles[0].strings)
@@ -169,7 +167,7 @@ def reads_of(
 
 
 def copies(ids: list[int], span: range, pieces: SentencePieceProcessor) -> list[tuple[int, list[int]]]:
-    """Where an answer repeats a colour, or two pieces and more, of what stands before it, and where."""
+    """Where an answer repeats a colour, or two or more pieces, of what precedes it, and what it repeats."""
     texts = [pieces.id_to_piece(token).removeprefix("\u2581") for token in ids]
     said, before = texts[span.start + 1 : span.stop], texts[: span.start + 1]
     found: dict[int, tuple[int, int]] = {}  # position in the answer -> length of the run, position before
@@ -184,7 +182,7 @@ def copies(ids: list[int], span: range, pieces: SentencePieceProcessor) -> list[
 
 
 def local_tokens(grid: tuple[int, int]) -> int:
-    """How many tokens, newlines among them, the local tiles of a picture have."""
+    """How many tokens, newlines included, the local tiles of a picture have."""
     rows, cols = grid
     return rows * TOKENS_ALONG_TILE * (cols * TOKENS_ALONG_TILE + 1)
 
@@ -202,7 +200,7 @@ def tokens_under(box: np.ndarray, grid: tuple[int, int]) -> list[int]:
 
 
 def only_thing(picture: Picture) -> tuple[int, int]:
-    """Colour and shape of a picture's objects as indices, or unknown where there is no single answer."""
+    """Colour and shape of a picture's objects as indices, or unknown if there is no single answer."""
     marks = {(mark.colour, mark.name) for mark in picture.marks if mark.name in SHAPES}
     if len(marks) != 1:
         return UNKNOWN, UNKNOWN

@@ -115,7 +115,7 @@ QUESTIONS = {
     ),
 }
 
-# What the tokenizer was not made for, and does not need to have been: it knows all characters.
+# The tokenizer was not made for these, and need not have been: it knows all characters.
 MORE_QUESTIONS = {
     "total": (
         "What is the total?",
@@ -226,7 +226,7 @@ def ask_about_one(kind: str, place: int, rng: random.Random) -> str:
 def frame_pictures(
     question: str, mark: str, rng: random.Random, count: int = 2, question_first: bool = True
 ) -> str:
-    """`question` beside `count` pictures, each standing where `mark` (such as `<ImageHere>`) stands."""
+    """`question` with `count` pictures, each of them where a `mark` (such as `<ImageHere>`) is."""
     return _frame(
         rng.choice(QUESTION_FIRST if question_first else QUESTION_LAST), question, mark, count, question_first
     )
@@ -242,7 +242,7 @@ def _frame(pieces: tuple[str, str], question: str, mark: str, count: int, questi
 
 
 def every_text() -> list[str]:
-    """All wordings with all fillings, and every closed-set answer: what a tokenizer has to know."""
+    """All wordings with all fillings, and every closed-set answer: what a tokenizer must know."""
     things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES] + list(SHAPES) + list(COLOURS)
     texts = [*things, *NUMBER_WORDS, "1", "2", "3", "4", "5"]
     texts += [f"a {thing}" for thing in things]

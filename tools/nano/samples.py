@@ -1,4 +1,4 @@
-"""Questions about drawn pictures with their answers, and what of them the model is given."""
+"""Questions about drawn pictures with their answers, and what the model gets to see of them."""
 
 import dataclasses
 import random
@@ -19,16 +19,16 @@ from .talk import article, small_talk, web_page
 from .words import KINDS, WEIGHTS, random_string
 
 IMAGE_MARK = "<ImageHere>"
-QUESTION_FIRST_SHARE = 0.65  # of the training pairs; the rest name the thing behind the pictures
-EMPTY_SHARE = 0.1  # of the training pairs have nothing in the other picture: easy, and a step to the rest
+QUESTION_FIRST_SHARE = 0.65  # of the training pairs; the rest name the thing after the pictures
+EMPTY_SHARE = 0.1  # of the training pairs, with nothing in the other picture: easy, a step towards the rest
 THREE_SHARE = 0.4  # of what is asked about several pictures
 TURN, END_OF_TURN = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"
-EXPLICIT_MARK_SHARE = 0.25  # of questions about one picture that say where it stands
+EXPLICIT_MARK_SHARE = 0.25  # of questions about one picture that say where it goes
 SMALL_BUDGETS = {9: 3, 6: 2, 4: 2}  # hd_num: tiles along a square picture
 SMALL_LENGTHS = (2, 3, 4, 5, 6)
-FRAMES = (2, 3, 4, 5)  # seconds of a video, one frame of each is seen
+FRAMES = (2, 3, 4, 5)  # seconds of a video, of which one frame each is seen
 NAMES_LENGTHS = (2, 3, 4)  # of what is on a receipt
-LESSONS = {  # the share of each kind of sample in training, at its beginning and from the middle on
+LESSONS = {  # the share of each kind of sample in training, at the beginning and from the middle on
     "number": (0.11, 0.07),
     "word": (0.18, 0.11),
     "code": (0.08, 0.15),
@@ -50,7 +50,7 @@ LESSONS = {  # the share of each kind of sample in training, at its beginning an
 
 @dataclasses.dataclass
 class Sample:
-    """Pictures, and turns of (question, answer) about them; marks stand in the first question or nowhere."""
+    """Pictures, and turns of (question, answer) about them; marks are in the first question or nowhere."""
 
     ability: str
     pictures: list[Picture]
@@ -69,7 +69,7 @@ class Drawer:
         families: list[list[str]],
         lessons: dict[str, tuple[float, float]] = LESSONS,
     ):
-        """Training asks several questions about a picture; the others ask one, of all lengths alike."""
+        """Training asks several questions about a picture; other splits ask one, with all lengths alike."""
         self.split, self.rng, self.families = split, rng, families
         self.training, self.lessons = split == "train", lessons
 
@@ -134,7 +134,7 @@ class Drawer:
         return turns + [(ask("colour_of_text", rng), colour)] * (colour is not None)
 
     def _some(self, turns: list[tuple[str, str]], always: int = 0) -> list[tuple[str, str]]:
-        """The first turns, and at times some of the others."""
+        """The first turns, and sometimes some of the others."""
         if self.rng.random() < 0.6:
             return turns[: max(1, always)]
         rest = turns[always:]
@@ -206,7 +206,7 @@ class Drawer:
         return Sample("count", [draw_objects(rng, self.split, things)], turns)
 
     def _group_turns(self, things: list[Thing]) -> list[tuple[str, str]]:
-        """What can be asked of several objects of one shape, and of their colour where that is one, too."""
+        """Questions about several objects of one shape, and about their colour if they share it."""
         rng, first = self.rng, things[0]
         turns = [(ask("shape_of_all", rng), first.shape)]
         if len({thing.colour for thing in things}) == 1:
@@ -260,9 +260,9 @@ class Drawer:
     # ---- several pictures ----
 
     def _which(self) -> Sample:
-        """Pictures of which one holds the thing asked for and the others something else.
+        """Pictures of which one shows the thing asked about and the others something else.
 
-        Training asks about each of them as well: what is where has to be known before it can be compared.
+        Training asks about each of them as well: what is where must be known before it can be compared.
         """
         rng = self.rng
         count = 3 if rng.random() < THREE_SHARE else 2
@@ -291,7 +291,7 @@ class Drawer:
         return self._framed("which", [picture for picture, _, _ in sides], turns)
 
     def _name_apart(self, asked: Thing, others: list[Thing]) -> str:
-        """What to call the thing asked for: at times only by what sets it apart."""
+        """What to call the thing asked about: sometimes only by what sets it apart."""
         rng = self.rng
         if all(other.shape != asked.shape for other in others) and rng.random() < 0.3:
             return asked.shape
@@ -374,8 +374,8 @@ def with_article(thing: Thing) -> str:
 def segments(sample: Sample) -> list[tuple[str | None, bool]]:
     """The markup of version 2.5 as pieces of (text, is an answer); the text of a picture is None.
 
-    A picture that no mark places stands before everything else. Text between pictures is a piece of its
-    own, as `chat` has it.
+    A picture without a mark comes before everything else. Text between pictures is a separate piece, as in
+    `chat`.
     """
     marked = IMAGE_MARK in sample.turns[0][0]
     pieces: list[tuple[str | None, bool]] = [] if marked else [(None, False)] * num_pictures(sample)

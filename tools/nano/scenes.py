@@ -1,4 +1,4 @@
-"""More pictures: receipts, small print on large pictures, an object at a place, and the frames of videos."""
+"""More pictures: receipts, small print on large pictures, an object at a position, and frames of videos."""
 
 import io
 import math
@@ -32,7 +32,7 @@ FRAME_PROPORTIONS = ((4, 3), (4, 3), (16, 9), (3, 4), (1, 1))  # width, height
 LEAST_WAY = 0.4  # of the way across that a moving object covers
 MOVING_SIZES = (0.22, 0.4)  # diameter, of the shorter side
 FRAME_TEXT_SIZES = (0.2, 0.4)  # em, of the longer side
-COMPRESSED_SHARE = 0.5  # of the videos in training, whose frames have a codec's marks
+COMPRESSED_SHARE = 0.5  # of the videos in training, whose frames get compression artefacts
 
 
 def draw_receipt(
@@ -66,7 +66,7 @@ def draw_receipt(
 def draw_small_print(
     rng: random.Random, split: str, text: str, families: list[list[str]], tiles_along: int
 ) -> Picture:
-    """`text` on a large picture, so small that it is legible only where that is cut into `tiles_along`."""
+    """`text` on a large picture, so small that it is legible only if that is cut into `tiles_along`."""
     path = rng.choice(rng.choice(families))
     width = load_font(path, 64).getlength(text) / 64
     size = min(rng.uniform(*SMALL_SIZES) / tiles_along, (TILE - 2 * MARGIN - 2) / width)
@@ -78,7 +78,7 @@ def draw_small_print(
 
 
 def draw_at(rng: random.Random, split: str, thing: Thing) -> tuple[Picture, str]:
-    """One object on a square picture, and the name of the ninth of it where its centre lies."""
+    """One object on a square picture, and the name of the ninth that its centre is in."""
     sketch = Sketch(rng, split, least=(TILE, TILE))
     side = sketch.snap(rng.uniform(*PLACED_SIZES) * sketch.scale)
     row, column = rng.randrange(3), rng.randrange(3)
@@ -87,14 +87,14 @@ def draw_at(rng: random.Random, split: str, thing: Thing) -> tuple[Picture, str]
 
 
 def place_in(picture: Picture) -> str:
-    """The name of the ninth of a picture where the centre of its only object lies."""
+    """The name of the ninth of a picture that the centre of its only object is in."""
     left, top, right, bottom = picture.marks[0].box
     row = int(3 * (top + bottom) / 2 / picture.image.height)
     return PLACES[min(2, row)][min(2, int(3 * (left + right) / 2 / picture.image.width))]
 
 
 def _near(rng: random.Random, sketch: Sketch, centre: float, side: int) -> int:
-    """Where a square of `side` pixels begins whose middle lies near `centre`, as a share of the picture."""
+    """Where a square of `side` pixels begins whose middle is near `centre`, as a share of the picture."""
     middle = (centre + rng.uniform(-PLACE_JITTER, PLACE_JITTER)) * sketch.height
     return sketch.snap(min(max(0, middle - side / 2), sketch.height - side - 1))
 
@@ -121,7 +121,7 @@ def draw_motion(rng: random.Random, split: str, thing: Thing, way: str, times: l
 def draw_numbers(
     rng: random.Random, split: str, numbers: list[str], families: list[list[str]]
 ) -> list[Picture]:
-    """One frame for each number, in one font and colour, each at its own place."""
+    """One frame for each number, in one font and colour, each in a different place."""
     height, width, background = _stage(rng, split)
     path, fill = rng.choice(rng.choice(families)), ink(rng)
     longest = max(load_font(path, 64).getlength(number) for number in numbers) / 64
@@ -147,7 +147,7 @@ def _stage(rng: random.Random, split: str) -> tuple[int, int, Image.Image]:
 
 
 def compress(rng: random.Random, frames: list[Picture]) -> list[Picture]:
-    """The frames with the marks that compression leaves."""
+    """The frames with compression artefacts."""
     quality, compressed = rng.randint(40, 90), []
     for frame in frames:
         file = io.BytesIO()
@@ -157,6 +157,6 @@ def compress(rng: random.Random, frames: list[Picture]) -> list[Picture]:
 
 
 def moved(mark: Mark, scale: float, top: float, left: float) -> Mark:
-    """A mark on a picture that was scaled and laid on a larger one at (top, left)."""
+    """A mark on a picture that was scaled and placed on a larger one at (top, left)."""
     x0, y0, x1, y1 = (edge * scale for edge in mark.box)
     return Mark(mark.name, (x0 + left, y0 + top, x1 + left, y1 + top), mark.index, mark.colour)

@@ -1,4 +1,4 @@
-"""The stages of training: what is learnt from a batch, and how well it is known."""
+"""The stages of training: what is learnt from a batch, and how well it has been learnt."""
 
 import itertools
 import random
@@ -21,13 +21,13 @@ from .prompts import Prompt, Tiles, make_prompt, normalise, tiles_of
 from .questions import ABILITIES, PLACES, WAYS
 from .samples import LESSONS, Drawer, Sample
 
-DENSE_WEIGHT = 0.5  # of the dense loss beside that of the answers
+DENSE_WEIGHT = 0.5  # of the dense loss relative to that of the answers
 ASIDE_WEIGHT = 1.0
 CHOICE_WEIGHT = 4.0  # "picture 1" is five ids of which one is a choice, so its mean says little
 CHOICES = (*(f"picture {place}" for place in (1, 2, 3)), *WAYS, *itertools.chain(*PLACES))
 MICRO_BATCH = 16  # tiles whose activations stay in a core's cache
 WEIGHTS = "model.safetensors"
-PAGE_SHARE = 1 / 6  # of full tiles beside the samples of a batch
+PAGE_SHARE = 1 / 6  # of full tiles in addition to the samples of a batch
 RENEWAL_SHARE = 0.3  # of the batches come with a fresh page
 READING = ("number", "word", "code")  # validated on twice as many samples
 
@@ -75,7 +75,7 @@ class DenseStage(nn.Module):
         return self.head(self.tower(pixel_values=tiles).last_hidden_state[:, 1:])
 
     def draw(self, progress: float) -> LabelledTile:
-        """One tile of training, the same kind at any time."""
+        """One training tile, of the same kind at any `progress`."""
         return self.pages.cut()
 
     def backward(self, batch: list[LabelledTile]) -> float:
@@ -101,7 +101,7 @@ class DenseStage(nn.Module):
 
 
 class JointStage(nn.Module):
-    """The whole model on all lessons, and the dense task beside it."""
+    """The whole model on all lessons, with the dense task alongside."""
 
     lessons: dict[str, tuple[float, float]] = LESSONS
     abilities: tuple[str, ...] = ABILITIES
@@ -122,13 +122,13 @@ class JointStage(nn.Module):
         self.unseen = [self.case(sample) for sample in self.draw_unseen(arguments)]
 
     def load(self, path: Path) -> None:
-        """Takes tower and dense head from a checkpoint of the dense stage."""
+        """Loads tower and dense head from a checkpoint of the dense stage."""
         state = load_file(path / WEIGHTS)
         self.model.vit.vision_tower.vision_model.load_state_dict(part_of(state, "tower."))
         self.head.load_state_dict(part_of(state, "head."))
 
     def draw_unseen(self, arguments: StageArguments) -> list[Sample]:
-        """The fixed samples by which a checkpoint is chosen: 100 of each ability, twice as many to read."""
+        """The fixed samples for choosing a checkpoint: 100 of each ability, twice as many of reading."""
         families = find_fonts("validation", arguments.fonts)
         drawer = Drawer("validation", random.Random("validation"), families, self.lessons)
         return [
@@ -142,7 +142,7 @@ class JointStage(nn.Module):
         return sample, tiles, make_prompt(sample, tiles, self.pieces, self.model.config.image_token_id)
 
     def draw(self, progress: float) -> Case:
-        """One sample of training at `progress`, from 0 to 1."""
+        """One training sample at `progress`, from 0 to 1."""
         return self.case(self.drawer.draw(progress))
 
     def backward(self, cases: list[Case]) -> float:
@@ -184,7 +184,7 @@ class JointStage(nn.Module):
             (DENSE_WEIGHT * loss * len(tiles[part]) / count).backward()
 
     def groups(self, cases: list[Case]) -> list[list[Case]]:
-        """Cases with equally many pictures, of like lengths, as many as fit a micro-batch."""
+        """Cases with the same number of pictures and similar lengths, as many as fit a micro-batch."""
         alike: dict[tuple[int, bool], list[Case]] = {}
         for case in cases:
             tiles = [len(each.pixels) for each in case[1]]
@@ -224,7 +224,7 @@ class JointStage(nn.Module):
         return model.vision_proj(torch.cat(assembled)), loss
 
     def answers_loss(self, features: Tensor | None, prompts: list[Prompt]) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean loss of each answer, whether every id of it is the likeliest, and the asides' loss."""
+        """The mean loss of each answer, whether all its ids are the most likely, and the asides' loss."""
         ids = torch.zeros(len(prompts), max(len(prompt.ids) for prompt in prompts), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
@@ -232,7 +232,7 @@ class JointStage(nn.Module):
         if features is not None:
             mask = ids == self.model.config.image_token_id
             embeds = embeds.masked_scatter(mask[..., None], features)
-        # Padding stands at the end, where causal attention never looks.
+        # Padding is at the end, where causal attention never looks.
         outputs = self.model.model(
             inputs_embeds=embeds, im_mask=mask, use_cache=False, output_hidden_states=True
         )
@@ -249,7 +249,7 @@ class JointStage(nn.Module):
 
     @torch.inference_mode()
     def validate(self) -> dict[str, float]:
-        """Share of unseen answers that come out exactly, for each ability and length of text."""
+        """Share of unseen answers that are exactly right, for each ability and length of text."""
         tally: dict[str, list[bool]] = {}
         for group in self.groups(self.unseen):
             features, _ = self.encode([tiles for _, tiles, _ in group])
@@ -265,12 +265,12 @@ class JointStage(nn.Module):
 
 
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """What is named under `prefix`."""
+    """The tensors whose names start with `prefix`."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def parts_of(sample: Sample) -> list[list[str]]:
-    """For each turn that counts, under which names: its ability, and its length or number."""
+    """For each turn that counts, the names it counts under: its ability, and its length or number."""
     answer = sample.turns[0][1]
     if sample.ability == "follow-up":
         return [["follow-up (1)"], ["follow-up"], ["follow-up"]][: len(sample.turns)]
@@ -284,7 +284,7 @@ def parts_of(sample: Sample) -> list[list[str]]:
 
 
 def answer_weight(turn: tuple[str, str]) -> float:
-    """What the mean loss of a turn's answer counts."""
+    """How much the mean loss of a turn's answer counts."""
     return CHOICE_WEIGHT if turn[1] in CHOICES else 1.0
 
 

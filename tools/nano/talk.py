@@ -1,7 +1,7 @@
 """What nano says without a picture: small talk, pages of HTML and short articles.
 
-Texts only, no random state: every function draws with the generator that the caller passes. Wordings are put
-together from parts, and a hash of the whole decides, as for printed strings, which split it belongs to.
+Texts only, no random state: every function draws with the generator that the caller passes. Wordings are
+assembled from parts, and a hash of the whole decides which split it belongs to, as for printed strings.
 """
 
 import functools
@@ -90,8 +90,8 @@ ARTICLES = (
 def small_talk(split: str, rng: random.Random) -> tuple[str, str]:
     """(question, answer) of `split`; training is asked to repeat something as well.
 
-    A piece that is never said can't be told from others that are never said: what the adapters are to write
-    has to have been said, in whatever order.
+    A piece that is never said can't be distinguished from others that are never said: what the adapters will
+    write must have been said before, in any order.
     """
     if split == "train" and rng.random() < ECHO_SHARE:
         text = _text_to_repeat(split, rng)
@@ -128,7 +128,7 @@ def web_page(split: str, rng: random.Random) -> tuple[str, str]:
 def article(split: str, rng: random.Random) -> tuple[str, str]:
     """(instruction, article) for `write_artical`, about a word of `split`.
 
-    Which of the articles it is follows from the wording, so that there is one right answer.
+    The wording determines which of the articles it is, so that there is one right answer.
     """
     word, index = random_string("word", split, rng), rng.randrange(len(ARTICLE_WORDINGS))
     instruction = rng.choice(PAGE_BEFORE) + ARTICLE_WORDINGS[index].format(word=word)

@@ -6,9 +6,9 @@
         --stage_before runs/dense/best --muon_lr 0.015 --tower_lr_scale 0.2
     python -m tools.nano.export --checkpoint runs/joint/best --out .
 
-Two processes of one thread each are faster than one of two. The flags of transformers' `TrainingArguments`
-are taken, but the optimizers are always these; `--resume_from_checkpoint` names the checkpoint of a run that
-was stopped.
+Two processes with one thread each are faster than one with two. The flags of transformers'
+`TrainingArguments` are accepted, but the optimizers are always these; `--resume_from_checkpoint` names the
+checkpoint of a run that was stopped.
 """
 
 import random
@@ -29,7 +29,7 @@ BEST = "best"  # folder, in the output directory, of the weights that did best o
 
 MUON = {"momentum": 0.95, "weight_decay": 0.02}
 ADAMW = {"betas": (0.9, 0.98), "weight_decay": 0.05}
-TOWER_PARTS = ("tower.", "model.vit.", "head.")  # what the names of all that sees begin with
+TOWER_PARTS = ("tower.", "model.vit.", "head.")  # beginnings of the names of everything that sees
 DEFAULTS = {
     "max_steps": 1000,
     "per_device_train_batch_size": 32,
@@ -45,7 +45,7 @@ DEFAULTS = {
     "save_total_limit": 2,
     "load_best_model_at_end": True,
     "metric_for_best_model": "score",
-    "train_sampling_strategy": "sequential",  # lessons change on the way
+    "train_sampling_strategy": "sequential",  # lessons change over time
     "seed": 0,
     "use_cpu": True,
     "report_to": "none",
@@ -54,7 +54,7 @@ DEFAULTS = {
 
 
 class Drawn(Dataset):
-    """`count` samples, each drawn when it is asked for and by its number alone, so that a run can resume."""
+    """`count` samples, each drawn on request from nothing but its number, so that a run can resume."""
 
     def __init__(self, draw: Callable, rng: random.Random, count: int, seed: int):
         self.draw, self.rng, self.count, self.seed = draw, rng, count, seed
@@ -100,7 +100,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.param_groups = self._groups()
 
     def _groups(self) -> list[dict]:
-        """Those of both: whoever sets a learning rate in them sets it where it is used."""
+        """The groups of both: setting a learning rate in them sets it where it is used."""
         return [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Callable | None = None) -> None:
@@ -117,7 +117,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 class StageTrainer(Trainer):
-    """transformers' `Trainer` for a stage, which adds up its gradients itself, by parts that fit a cache."""
+    """transformers' `Trainer` for a stage, which accumulates its own gradients in parts that fit a cache."""
 
     def __init__(self, stage: DenseStage | JointStage, arguments: StageArguments, args: TrainingArguments):
         self.stage, self.arguments = stage, arguments
@@ -138,7 +138,7 @@ class StageTrainer(Trainer):
         return torch.tensor(loss)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """The stage's scores, taken by the first process."""
+        """The stage's scores, computed by the first process."""
         scores = [self.stage.validate() if self.is_world_process_zero() else None]
         metrics = {f"eval_{name}": score for name, score in broadcast_object_list(scores)[0].items()}
         self.log(metrics)
@@ -146,14 +146,14 @@ class StageTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Beside the loss of all answers those of each ability."""
+        """Adds the losses of each ability to the loss of all answers."""
         if "loss" in logs:
             logs = {**logs, **{name: round(loss, 4) for name, loss in self.stage.losses.items()}}
         super().log(logs, *args, **kwargs)
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Averages gradients over all processes; a weight that a process didn't need has none there."""
+    """Averages gradients over all processes; a weight that a process didn't use has none there."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         if parameter.grad is None:
@@ -170,18 +170,18 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def train(arguments: StageArguments, training: TrainingArguments) -> StageTrainer:
-    """Trains one stage; its best weights lie in the folder `best` of the output directory then.
+    """Trains one stage; its best weights are then in the folder `best` of the output directory.
 
     Raises:
-        ValueError: gradients are to be accumulated over several batches.
+        ValueError: gradients would be accumulated over several batches.
     """
     if training.gradient_accumulation_steps > 1:
         steps = training.gradient_accumulation_steps
         raise ValueError(
-            f"--gradient_accumulation_steps {steps}: a batch is taken in parts anyway; give "
+            f"--gradient_accumulation_steps {steps}: a batch is split into parts anyway; use "
             f"--per_device_train_batch_size {training.per_device_train_batch_size * steps} instead"
         )
-    torch.set_flush_denormal(True)  # they cost a sixth of the time once the model is sure of itself
+    torch.set_flush_denormal(True)  # denormals cost a sixth of the time once the model is confident
     torch.manual_seed(training.seed)  # the same weights in every process
     rng = random.Random(f"{training.seed} {arguments.stage}")
     trainer = StageTrainer(STAGES[arguments.stage](arguments, rng), arguments, training)

@@ -1,9 +1,9 @@
 """Train the small sentencepiece model that the nano checkpoint ships.
 
-It behaves as the published `tokenizer.model` does where that shows: ids 0, 1 and 2 are `<unk>`, `<s>` and
+It behaves like the published `tokenizer.model` where it matters: ids 0, 1 and 2 are `<unk>`, `<s>` and
 `</s>`, the markup pieces are matched whole, text round-trips byte for byte (no normalisation, no dummy
-prefix, bytes as a last resort) and each digit is a piece of its own. Printed words are read letter by
-letter, so no piece joins two capitals. Everything else about its ids differs: look pieces up by name.
+prefix, bytes as a last resort) and each digit is a separate piece. Printed words are read letter by letter,
+so no piece joins two capitals. All other ids differ: look pieces up by name.
 
 Training is deterministic: the same sentencepiece version gives the same file.
 
@@ -79,7 +79,7 @@ ADJACENT_CAPITALS = re.compile("[A-Z]{2}")
 
 
 def corpus() -> list[str]:
-    """The training sentences in a fixed order; how often one occurs says how few pieces it deserves."""
+    """The training sentences in a fixed order; the more often one occurs, the fewer pieces it should take."""
     closed_answers = [*SHAPES, *COLOURS, *NUMBER_WORDS[:5], "yes", "no"]
     roles = ["user", "assistant", "system"]
     small_talk = SMALL_TALK.strip().split("\n")
@@ -132,7 +132,7 @@ def train(num_pieces: int) -> bytes:
 
 
 def check(processor: sentencepiece.SentencePieceProcessor, num_strings: int = 2000) -> None:
-    """Prove on random strings what reading letter by letter relies on.
+    """Verify on random strings what reading letter by letter relies on.
 
     Raises ValueError naming the first piece or string that breaks a promise of this module.
     """
