@@ -169,11 +169,15 @@ def batch_images(images: Sequence[PreparedImage]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Visual:
-    """One picture (`image`), the frames of one video (`frames`), or pixels already normalised (`pixels`)."""
+    """One picture (`image`), the frames of one video (`frames`), or pixels already normalised (`pixels`).
+
+    A picture is cut by the rule of the version, or by another of `TILE_RULES` (`layout`).
+    """
 
     image: Image.Image | None = None
     frames: tuple[Image.Image, ...] = ()
     pixels: Tensor | None = None  # (3, height, width)
+    layout: str | None = None
 
     def grid(self, config, hd_num: int) -> tuple[int, int]:
         """(rows, cols) of local tiles, from sizes alone."""
@@ -182,7 +186,7 @@ class Visual:
             return height // config.img_size, width // config.img_size
         if self.frames:
             return grid_of_frames(config, [(frame.height, frame.width) for frame in self.frames])
-        return grid_of_image(config, self.image.height, self.image.width, hd_num)
+        return grid_of_image(config, self.image.height, self.image.width, hd_num, self.layout)
 
     def identity(self, config, hd_num: int, font: Font | None) -> Hashable:
         """Equal for pictures that `prepare` turns into the same, and practically never for others."""
@@ -195,7 +199,8 @@ class Visual:
             digest.update(f"{image.mode} {image.size}".encode())
             digest.update(image.tobytes())
         labels = (*font.getname(), getattr(font, "size", None)) if self.frames and font else ()
-        return "frames" if self.frames else "image", self.grid(config, hd_num), labels, digest.digest()
+        kind = "frames" if self.frames else "image"
+        return kind, self.layout, self.grid(config, hd_num), labels, digest.digest()
 
     def prepare(self, config, hd_num: int, font: Font | None) -> PreparedImage:
         """Cut and normalise."""
@@ -206,16 +211,15 @@ class Visual:
             return PreparedImage(tiles, self.grid(config, hd_num))
         if self.frames:
             return preprocess_video(self.frames, tile_size=side, font=font)
-        return preprocess_image(
-            self.image, layout=VERSIONS[config.version].layout, tile_size=side, hd_num=hd_num
-        )
+        layout = self.layout or VERSIONS[config.version].layout
+        return preprocess_image(self.image, layout=layout, tile_size=side, hd_num=hd_num)
 
 
-def grid_of_image(config, height: int, width: int, hd_num: int) -> tuple[int, int]:
+def grid_of_image(config, height: int, width: int, hd_num: int, layout: str | None = None) -> tuple[int, int]:
     """(rows, cols) of local tiles that a picture of this size in pixels is cut into."""
     if not config.is_tiled:
         return 1, 1
-    layout = VERSIONS[config.version].layout
+    layout = layout or VERSIONS[config.version].layout
     return plan_tiles(height, width, tile_size=config.img_size, hd_num=hd_num, layout=layout).grid
 
 

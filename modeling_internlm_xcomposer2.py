@@ -41,6 +41,7 @@ from .checkpoint_internlm_xcomposer2 import (
     shapes_of,
     tensor_parallel_size,
 )
+from .compose_internlm_xcomposer2 import ComposeMixin
 from .configuration_internlm_xcomposer2 import (
     PUBLISHED_KEYS,
     InternLMXcomposer2Config,
@@ -401,7 +402,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
 
 
 class InternLMXComposer2ForCausalLM(
-    ChatMixin, WritingMixin, GenerateMixin, InternLMXComposer2Backbone, GenerationMixin
+    ChatMixin, WritingMixin, ComposeMixin, GenerateMixin, InternLMXComposer2Backbone, GenerationMixin
 ):
     """InternLM-XComposer2, -VL, -4KHD and 2.5: the models that answer.
 

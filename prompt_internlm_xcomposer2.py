@@ -287,17 +287,36 @@ def _plan(
     """A text with its pictures -> ids, after checking that they fit the context."""
     hd_num = default_hd_num(config, len(visuals)) if hd_num is None else hd_num
     texts = place_images(text, len(visuals), version=config.version)
-    lengths = count_tokens(config, visuals, hd_num)
-    piece = config.image_token_id
-    prompt = encode_prompt(tokenizer, texts, lengths, version=bos_rule, image_token_id=piece)
-    num_text = len(prompt.ids) - sum(lengths)
+    prompt = join_prompt(config, tokenizer, texts, visuals, hd_num, bos_rule=bos_rule)
+    num_text = len(prompt.ids) - sum(prompt.lengths)
     check_length(
         len(prompt.ids),
-        lengths,
+        list(prompt.lengths),
         config,
         hd_num,
         count=lambda budget: num_text + sum(count_tokens(config, visuals, budget)),
     )
+    return prompt
+
+
+def join_prompt(
+    config: InternLMXcomposer2Config,
+    tokenizer,
+    texts: Sequence[str],
+    visuals: Sequence[Visual],
+    hd_num: int,
+    *,
+    bos_rule: str,
+) -> ChatPrompt:
+    """Texts with pictures between them -> ids, of any length.
+
+    Args:
+        texts: one more than there are pictures.
+        bos_rule: the version whose rule for BOS counts, as in `encode_prompt`.
+    """
+    lengths = count_tokens(config, visuals, hd_num)
+    piece = config.image_token_id
+    prompt = encode_prompt(tokenizer, texts, lengths, version=bos_rule, image_token_id=piece)
     return ChatPrompt(prompt.ids, prompt.is_image, tuple(visuals), tuple(lengths), hd_num)
 
 
