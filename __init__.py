@@ -24,6 +24,7 @@ from .configuration_internlm_xcomposer2 import (
     InternLMXcomposer2TextConfig,
 )
 from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImageProcessor
+from .ixc_utils import draw_boxes, parse_boxes
 from .modeling_internlm2 import InternLM2Model
 from .modeling_internlm_xcomposer2 import (
     InternLMXComposer2ForCausalLM,
@@ -41,6 +42,8 @@ __all__ = [
     "InternLMXComposer2Tokenizer",
     "InternLMXcomposer2Config",
     "InternLMXcomposer2TextConfig",
+    "draw_boxes",
+    "parse_boxes",
 ]
 
 

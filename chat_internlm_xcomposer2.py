@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .cache_internlm_xcomposer2 import ChatHistory, PromptCache
 from .configuration_internlm_xcomposer2 import check_infer_mode
+from .media_internlm_xcomposer2 import MAX_FRAMES
 from .prompt_internlm_xcomposer2 import (
     META_INSTRUCTION,
     History,
@@ -182,6 +183,8 @@ class ChatMixin:
         use_meta: bool | None = None,
         meta_instruction: str | None = META_INSTRUCTION,
         reuse: bool = True,
+        fps: float = 1.0,
+        num_frames: int = MAX_FRAMES,
         **generate_kwargs,
     ) -> tuple[str, ChatHistory]:
         """Answer a question, with or without pictures and videos.
@@ -198,6 +201,7 @@ class ChatMixin:
             use_meta: whether the system text goes first; only on request in 2.5, by default in 2 and 4KHD.
             reuse: whether the returned history keeps what was computed (`model.reuse_limit` bytes at most),
                 and whether what the passed one kept is used: only what differs from it is computed again.
+            fps, num_frames: frames per second of a video, and the most frames to take.
             generate_kwargs: anything `generate` accepts.
 
         Returns:
@@ -224,7 +228,9 @@ class ChatMixin:
         )
         turns = check_turns(query, history)
         meta = system_text(self.config.version, use_meta, meta_instruction)
-        prompt = plan_chat(self.config, tokenizer, query, image, hd_num, turns, meta)
+        prompt = plan_chat(
+            self.config, tokenizer, query, image, hd_num, turns, meta, fps=fps, num_frames=num_frames
+        )
         earlier = getattr(history, "prompt_cache", None)
         (sequence,), cache = self._answer([prompt], settings, earlier, keep=reuse)
         response = cut_response(tokenizer.decode(sequence, skip_special_tokens=True))
@@ -241,6 +247,8 @@ class ChatMixin:
         *,
         use_meta: bool | None = None,
         meta_instruction: str | None = META_INSTRUCTION,
+        fps: float = 1.0,
+        num_frames: int = MAX_FRAMES,
         **settings,
     ) -> list[tuple[str, ChatHistory]]:
         """Answer several questions at once, each as `chat` would on its own, except for what sampling draws.
@@ -248,6 +256,7 @@ class ChatMixin:
         Args:
             images: for each question, what `chat` accepts as `image`: none, one or several, of any size.
             histories: for each question, its earlier turns.
+            fps, num_frames: as in `chat`.
             settings: how answers are generated, with the names and defaults of `chat`, and anything else that
                 `generate` accepts.
 
@@ -263,7 +272,9 @@ class ChatMixin:
         nothing = [()] * len(queries)
         turns = [check_turns(*pair) for pair in zip(queries, histories or nothing, strict=True)]
         prompts = [
-            plan_chat(self.config, tokenizer, query, image, hd_num, earlier, meta)
+            plan_chat(
+                self.config, tokenizer, query, image, hd_num, earlier, meta, fps=fps, num_frames=num_frames
+            )
             for query, image, earlier in zip(queries, images or nothing, turns, strict=True)
         ]
         sequences, _ = self._answer(prompts, settings)
@@ -284,6 +295,8 @@ class ChatMixin:
         use_meta: bool | None = None,
         meta_instruction: str | None = META_INSTRUCTION,
         reuse: bool = True,
+        fps: float = 1.0,
+        num_frames: int = MAX_FRAMES,
         **settings,
     ) -> ChatStream:
         """Like `chat`, but returns an iterator of pieces of the answer, which has the `history` at the end.
@@ -291,6 +304,7 @@ class ChatMixin:
         Closing the iterator stops the computation after the current token.
 
         Args:
+            fps, num_frames: as in `chat`.
             settings: as in `batch_chat`.
 
         Raises:
@@ -304,7 +318,9 @@ class ChatMixin:
         settings = self._settings(tokenizer, **settings)
         turns = check_turns(query, history)
         meta = system_text(self.config.version, use_meta, meta_instruction)
-        prompt = plan_chat(self.config, tokenizer, query, image, hd_num, turns, meta)
+        prompt = plan_chat(
+            self.config, tokenizer, query, image, hd_num, turns, meta, fps=fps, num_frames=num_frames
+        )
         earlier = getattr(history, "prompt_cache", None)
         return ChatStream(
             writer, lambda: self._answer([prompt], settings, earlier, keep=reuse)[1], query, turns

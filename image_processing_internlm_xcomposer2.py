@@ -44,6 +44,7 @@ from .media_internlm_xcomposer2 import (
     is_video,
     load_image,
     load_video,
+    plan_frames,
     to_rgb,
 )
 
@@ -245,30 +246,33 @@ def tokens_of_grid(config, grid: tuple[int, int]) -> int:
     return num_image_tokens(*grid, config.tile_tokens_per_side, is_tiled=config.is_tiled)
 
 
-def as_visuals(media, config) -> list[Visual]:
+def as_visuals(media, config, *, fps: float = 1.0, num_frames: int = MAX_FRAMES) -> list[Visual]:
     """What a caller passed as `image`, loaded and checked.
 
     Args:
         media: one picture or video or a list of them; in a list, a list of frames is a video. A 4-D float
             tensor is a stack of pictures normalised by `vis_processor`.
+        fps, num_frames: frames per second of a video, and the most frames to take.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as in `load_image` and `load_video`; or a video for a
             version that doesn't read any; or normalised pixels of a size that the tower can't read.
     """
+    sampling = {"fps": fps, "max_frames": num_frames}
+    plan_frames(1, 1.0, **sampling)  # raises what is wrong with them, even if there is no video
     if not isinstance(media, list | tuple):
         media = [media]
     # Open files and pictures that Pillow has not read yet must not be read by two threads at a time.
     are_apart = all(isinstance(item, str | os.PathLike | bytes) for item in media)
     run = _in_threads if are_apart else map
-    return list(chain.from_iterable(run(lambda item: _as_visuals(item, config), media)))
+    return list(chain.from_iterable(run(lambda item: _as_visuals(item, config, sampling), media)))
 
 
-def _as_visuals(item, config) -> list[Visual]:
+def _as_visuals(item, config, sampling: dict) -> list[Visual]:
     if isinstance(item, torch.Tensor) and item.ndim == 4:
         return [Visual(pixels=check_pixels(pixels, config)) for pixels in item]
     if isinstance(item, list | tuple) or is_video(item):
-        return [video_visual(item, config)]
+        return [video_visual(item, config, **sampling)]
     return [Visual(image=load_image(item))]
 
 

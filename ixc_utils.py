@@ -7,6 +7,7 @@ from the plan that also cuts the picture, so the two cannot disagree.
 
 import math
 import operator
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,13 @@ BAND = 40
 GAP = 10
 LINE_WIDTH = 2
 FONT_SIZE = 40
+
+# Answers give places in a picture as numbers in 0..BOX_SCALE, whatever its size.
+BOX_SCALE = 1000
+BOX_COLOURS = ("red", "blue", "lime", "orange", "magenta", "cyan")
+_NUMBER = r"[+-]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})"
+_NUMBERS = re.compile(rf"{_NUMBER}(?:(?:\s*,\s*|\s+){_NUMBER})*")
+_POINTS = re.compile(r"\)\s*,\s*\(")  # between the two corners in (x, y), (x, y)
 
 # No checkpoint can read a picture beyond this size; planning it would only exhaust the memory.
 MAX_PLANNED_PIXELS = 1 << 28
@@ -248,6 +256,67 @@ def _gap_line(plan: FramePlan, size: Size, position: tuple[int, int]) -> list[tu
 def get_font(path: "str | PathLike | None" = None, *, size: int = FONT_SIZE) -> Font:
     """The font of frame labels: Pillow's own, or a font file (the checkpoints were trained with SimHei)."""
     return ImageFont.load_default(size=size) if path is None else ImageFont.truetype(path, size=size)
+
+
+# --- boxes ---
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as PIL crops and draws
+
+
+def parse_boxes(answer: str, size: Size, *, scale: float = BOX_SCALE) -> list[Box]:
+    """The boxes that an answer gives as four numbers each: left, top, right, bottom in 0..`scale`.
+
+    They may be in brackets or not, or two points in parentheses. Runs of more or fewer numbers are no boxes.
+
+    Args:
+        size: (height, width) of the picture in pixels.
+        scale: 1000 as in version 2.5, or 1 if the answer gives parts of the picture.
+
+    Returns:
+        The boxes in pixels, in the order of the answer, within the picture, without empty ones.
+
+    Raises:
+        ValueError: the picture or the scale is empty.
+    """
+    height, width = size
+    check_size(height, width)
+    if not scale > 0:
+        raise ValueError(f"scale must be above 0, not {scale}; version 2.5 answers in 0..{BOX_SCALE}")
+    runs = (re.split(r"[\s,]+", run) for run in _NUMBERS.findall(_POINTS.sub(",", answer)))
+    boxes = []
+    for x0, y0, x1, y1 in ([float(number) / scale for number in run] for run in runs if len(run) == 4):
+        (left, right), (top, bottom) = sorted((x0, x1)), sorted((y0, y1))
+        boxes.append(
+            (_within(left, width), _within(top, height), _within(right, width), _within(bottom, height))
+        )
+    return [box for box in boxes if box[0] < box[2] and box[1] < box[3]]
+
+
+def _within(part: float, length: int) -> int:
+    """A part of a length in pixels, at most all of it."""
+    return round(min(max(part, 0.0), 1.0) * length)
+
+
+def draw_boxes(image: Image.Image, boxes: Sequence[Box], labels: Sequence[str] = ()) -> Image.Image:
+    """A copy of a picture with a frame around each box, and a label in it if there are labels.
+
+    Raises:
+        ValueError: there are labels, but not one for each box.
+    """
+    if labels and len(labels) != len(boxes):
+        raise ValueError(f"there are {len(boxes)} boxes but {len(labels)} labels; give one for each, or none")
+    image = to_rgb(image).copy()
+    draw = ImageDraw.Draw(image)
+    line = max(2, max(image.size) // 250)
+    font = get_font(size=max(12, max(image.size) // 30))
+    for index, (left, top, right, bottom) in enumerate(boxes):
+        colour = BOX_COLOURS[index % len(BOX_COLOURS)]
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=line)
+        if labels:
+            place = left + 2 * line, top + 2 * line
+            draw.rectangle(draw.textbbox(place, labels[index], font=font), fill="white")
+            draw.text(place, labels[index], font=font, fill=colour)
+    return image
 
 
 # --- the names that clients of the published code import ---

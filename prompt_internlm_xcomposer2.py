@@ -23,7 +23,14 @@ from .image_processing_internlm_xcomposer2 import (
     prepare_visuals,
 )
 from .ixc_utils import Font, check_hd_num
-from .media_internlm_xcomposer2 import MediaSource, Medium, as_source, flatten_images, flatten_videos
+from .media_internlm_xcomposer2 import (
+    MAX_FRAMES,
+    MediaSource,
+    Medium,
+    as_source,
+    flatten_images,
+    flatten_videos,
+)
 from .tokenization_internlm_xcomposer2 import (
     BEGIN_OF_TURN,
     END_OF_TURN,
@@ -220,12 +227,16 @@ def plan_chat(
     hd_num: int | None = None,
     history: History = (),
     meta_instruction: str | None = "",
+    *,
+    fps: float = 1.0,
+    num_frames: int = MAX_FRAMES,
 ) -> ChatPrompt:
     """A question with its pictures and earlier turns, fully checked; pictures are read, but not cut.
 
     Args:
         image: pictures and videos as in `chat`; `None` for the published text-only form.
         hd_num: how many local tiles a picture may be cut into, `default_hd_num` by default.
+        fps, num_frames: frames per second of a video, and the most frames to take.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: anything wrong with the arguments, or too long.
@@ -238,7 +249,7 @@ def plan_chat(
         ids = text_only_ids(tokenizer, text)["input_ids"][0]
         check_length(len(ids), [], config)
         return ChatPrompt(ids, [False] * len(ids), penalise_prompt=True)
-    visuals = as_visuals(image, config)
+    visuals = as_visuals(image, config, fps=fps, num_frames=num_frames)
     return _plan(config, tokenizer, text, visuals, hd_num, bos_rule=config.version)
 
 

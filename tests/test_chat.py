@@ -169,6 +169,41 @@ def test_a_video_is_one_picture(model, tokenizer):
         prompt_ids(tiny_model("2"), tokenizer, "<ImageHere>?", [frames])
 
 
+@pytest.fixture
+def num_seen(tokenizer, monkeypatch):
+    """Model and method -> how many frames of a video of three seconds at ten a second were seen."""
+    video = str(ROOT / "examples" / "circle.mp4")
+
+    def count(model, method: str, **sampling) -> int:
+        prompts = []
+
+        def answer(given, *args, **kwargs):
+            prompts.extend(given)
+            return [[5]] * len(given), None
+
+        monkeypatch.setattr(model, "_answer", answer)
+        several = method == "batch_chat"
+        answers = getattr(model, method)(
+            tokenizer, ["what?"] if several else "what?", [video], **sampling, **GREEDY
+        )
+        for _ in answers:
+            pass
+        return len(prompts[0].visuals[0].frames)
+
+    return count
+
+
+@pytest.mark.parametrize("method", ["chat", "batch_chat", "chat_stream", "stream_chat"])
+def test_frames_of_a_video_as_asked_for(model, num_seen, method):
+    assert num_seen(model, method) == 3
+    assert num_seen(model, method, fps=5, num_frames=64) == 15
+    assert num_seen(model, method, fps=5, num_frames=4) == 4
+    with pytest.raises(ValueError, match="fps"):
+        num_seen(model, method, fps=0)
+    with pytest.raises(ValueError, match="max_frames"):
+        num_seen(model, method, num_frames=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [

@@ -18,6 +18,7 @@ from internlm_xcomposer2.ixc_utils import (
     plan_video,
 )
 from internlm_xcomposer2.media_internlm_xcomposer2 import plan_frames
+from PIL import Image
 
 # Which of our layouts each published transform of the table is.
 PUBLISHED_LAYOUTS = {
@@ -212,3 +213,51 @@ def test_the_module_works_as_a_top_level_import(monkeypatch):
     finally:
         for name in names:
             sys.modules.pop(name, None)
+
+
+# ---- boxes ----
+
+
+@pytest.mark.parametrize(
+    ("answer", "boxes"),
+    [
+        ("[100, 200, 300, 400]", [(20, 20, 60, 40)]),
+        ("[[100,200,300,400],[0,0,1000,1000]]", [(20, 20, 60, 40), (0, 0, 200, 100)]),
+        ("The star is at 100 200 300 400.", [(20, 20, 60, 40)]),
+        (
+            "<box>(100,200), (300,400)</box> and (500, 500, 750, 1000)",
+            [(20, 20, 60, 40), (100, 50, 150, 100)],
+        ),
+        ("[300, 400, 100, 200]", [(20, 20, 60, 40)]),
+        ("[-50, 0, 2000, 500]", [(0, 0, 200, 50)]),
+        ("[99.5, 200.0, 300.25, 400]", [(20, 20, 60, 40)]),
+        ("[1, 2, 3]", []),
+        ("1, 2, 3, 4, 5", []),
+        ("[500, 500, 500, 900]", []),
+        ("no box, but 3 stars in 2024", []),
+        ("", []),
+        ("9" * 5000, []),
+    ],
+)
+def test_boxes_in_an_answer(answer, boxes):
+    assert ixc_utils.parse_boxes(answer, (100, 200)) == boxes
+
+
+def test_boxes_as_parts_of_the_picture():
+    assert ixc_utils.parse_boxes("[0.1, 0.2, 0.3, .4]", (100, 200), scale=1) == [(20, 20, 60, 40)]
+    with pytest.raises(ValueError, match="scale must be above 0, not 0"):
+        ixc_utils.parse_boxes("", (100, 200), scale=0)
+    with pytest.raises(ValueError, match="0x5"):
+        ixc_utils.parse_boxes("", (5, 0))
+
+
+def test_drawn_boxes():
+    image = Image.new("RGB", (200, 100), "white")
+    drawn = ixc_utils.draw_boxes(image, [(20, 20, 60, 40), (100, 0, 200, 100)], ["star", "ring"])
+    assert image.getcolors() == [(20_000, (255, 255, 255))]
+    assert drawn.getpixel((20, 20)) == drawn.getpixel((59, 39)) == (255, 0, 0)
+    assert drawn.getpixel((199, 99)) == (0, 0, 255)
+    assert drawn.getpixel((60, 40)) == drawn.getpixel((10, 10)) == (255, 255, 255)
+    assert ixc_utils.draw_boxes(image, []).getcolors() == image.getcolors()
+    with pytest.raises(ValueError, match="2 boxes but 1 labels"):
+        ixc_utils.draw_boxes(image, [(0, 0, 1, 1)] * 2, ["star"])
