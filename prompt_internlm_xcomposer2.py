@@ -90,6 +90,36 @@ def format_prompt(
     return "".join([*parts, format_turn("user", query), f"{BEGIN_OF_TURN}assistant\n"])
 
 
+def mark_pictures(questions: Sequence[str], counts: Sequence[int], *, version: str) -> list[str]:
+    """The questions of a dialogue with a mark for each of their pictures.
+
+    Pictures are numbered through the dialogue as on the model cards. A question that has marks stays as it
+    is, and so does a single picture's in version 2.5, which reads it first of all.
+
+    Args:
+        counts: how many pictures each question came with.
+
+    Raises:
+        ValueError: a question has marks, but not one for each of its pictures.
+    """
+    marked, number = [], 0
+    for question, count in zip(questions, counts, strict=True):
+        num_marks = question.count(IMAGE_MARK)
+        if num_marks not in (0, count):
+            raise ValueError(
+                f"a question has {num_marks} {IMAGE_MARK} marks but came with {count} pictures; write one "
+                "for each, or none"
+            )
+        numbers = range(number + 1, number + 1 + count)
+        number += count
+        if num_marks == 0 and sum(counts) == 1:
+            question = question if version == "2.5" or not count else IMAGE_MARK + question
+        elif num_marks == 0:
+            question = "".join(f"Image{i} {IMAGE_MARK}; " for i in numbers) + question
+        marked.append(question)
+    return marked
+
+
 def place_images(prompt: str, num_images: int, *, version: str) -> list[str]:
     """Split a prompt at its image marks into `num_images + 1` texts.
 

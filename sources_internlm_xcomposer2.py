@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput, logging
 
 from .article_internlm_xcomposer2 import Candidate
 from .media_internlm_xcomposer2 import IMAGE_EXTENSIONS, MediaSource, load_image
+from .writing_internlm_xcomposer2 import save_page
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +38,7 @@ CHINESE_QUESTION = "用一句话描述这张图片。"
 ENGLISH_QUESTION = "Describe the picture in one sentence."
 
 CAPTION_FILE = "captions.jsonl"
-BATCH_SIZE = 8  # pictures that are described, or read by a text tower, at once
+BATCH_SIZE = 4  # pictures that are described, or read by a text tower, at once
 
 _CHINESE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _RUN = re.compile(rf"[{_CHINESE}]+|[^\W_{_CHINESE}]+")
@@ -247,6 +248,38 @@ class CaptionFile:
                 file.truncate(content.rfind(b"\n") + 1)
 
 
+class SidecarFiles:
+    """Captions in text files beside the pictures, `a.txt` for `a.png`, as captioning tools write them.
+
+    Any text counts, whatever the question was.
+
+    Args:
+        names: the pictures, as paths below their folder.
+
+    Raises:
+        ValueError: two pictures would share a file.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.files, owners = {}, {}
+        for name in names:
+            file = Path(name).with_suffix(".txt").as_posix()
+            other = owners.setdefault(file, name)
+            if other != name:
+                raise ValueError(f"{other} and {name} would share {file}; rename one, or write JSON lines")
+            self.files[name] = file
+
+    def known(self, folder: Path, question: str) -> dict[str, str]:
+        """The names of pictures below `folder` that have a caption, and that caption."""
+        paths = {name: folder / file for name, file in self.files.items()}
+        texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}
+        return {name: text for name, text in texts.items() if text.strip()}
+
+    def add(self, folder: Path, name: str, question: str, caption: str) -> None:
+        """Write one file, whole or not at all."""
+        save_page(f"{caption}\n", folder / self.files[name])
+
+
 def file_stamp(path: Path) -> tuple[int, int] | None:
     """A file's size in bytes and time of change in nanoseconds, `None` if there is no such file."""
     try:
@@ -260,7 +293,7 @@ def describe_pictures(
     folder: str | os.PathLike,
     names: Sequence[str],
     describe: Describe,
-    file: CaptionFile,
+    file: CaptionFile | SidecarFiles,
     question: str,
     *,
     batch_size: int = BATCH_SIZE,

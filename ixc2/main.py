@@ -1,7 +1,8 @@
-"""The command `ixc2`: adopt a published checkpoint, or describe it."""
+"""The command `ixc2`: ask a model, write with it, adopt a published checkpoint, or describe one."""
 
 import argparse
 import json
+import os
 import re
 import signal
 import sys
@@ -9,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..configuration_internlm_xcomposer2 import TEXT_SIZES
+from . import ask, pages
 from .adopt import MAX_SHARD_SIZE, Adoption, adopt
 from .examine import (
     FORMULAS,
@@ -25,23 +27,49 @@ PICTURE = "3840x2160"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit status is 0, or 1 after an error, which is printed as one line."""
-    options = _parser().parse_args(arguments)
+    """Run the command -> its exit status.
+
+    It is 0 if all went well, 1 after an error, which is printed as one line, 2 for arguments that don't exist
+    (argparse exits with it), and 130 if the user interrupted.
+    """
+    options = _parse(arguments)
     # Raise instead of dying at once, so that half-written files are removed.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        options.run(options)
+        return options.run(options) or 0
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"ixc2: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("ixc2: interrupted", file=sys.stderr)
+        return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options, where files that follow an option belong to those before it."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    files = getattr(options, "files", None)
+    if unknown := [word for word in rest if files is None or word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        getattr(options, files).extend(rest)
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ixc2", description="InternLM-XComposer2 checkpoints")
-    commands = parser.add_subparsers(required=True)
+    parser = argparse.ArgumentParser(
+        prog="ixc2",
+        description="Ask InternLM-XComposer2 models, write with them, and prepare their checkpoints",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    ask.add_commands(commands)
+    pages.add_commands(commands)
     command = commands.add_parser(
         "adopt",
         help="turn a published checkpoint into a directory that transformers 5 loads",

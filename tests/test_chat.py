@@ -12,6 +12,7 @@ from internlm_xcomposer2.prompt_internlm_xcomposer2 import (
     META_INSTRUCTION,
     encode_prompt,
     format_prompt,
+    mark_pictures,
     place_images,
     system_text,
 )
@@ -152,6 +153,23 @@ def test_hd_num_defaults_and_wins(tokenizer, picture):
     assert prompt_ids(model, tokenizer, *several).count(4) == 2 * model.num_image_tokens(2, 2)
     assert prompt_ids(model, tokenizer, *several, hd_num=9).count(4) == 2 * model.num_image_tokens(3, 3)
     assert prompt_ids(model, tokenizer, "x", large, hd_num=1).count(4) == model.num_image_tokens(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("questions", "counts", "in_2", "in_25"),
+    [
+        (["a"], [0], ["a"], ["a"]),
+        (["a", "b"], [1, 0], ["<ImageHere>a", "b"], ["a", "b"]),
+        (["a"], [2], *[["Image1 <ImageHere>; Image2 <ImageHere>; a"]] * 2),
+        (["a", "b"], [1, 1], *[["Image1 <ImageHere>; a", "Image2 <ImageHere>; b"]] * 2),
+        (["a <ImageHere>", "b"], [1, 1], *[["a <ImageHere>", "Image2 <ImageHere>; b"]] * 2),
+    ],
+)
+def test_marks_for_pictures(questions, counts, in_2, in_25):
+    assert mark_pictures(questions, counts, version="2") == in_2
+    assert mark_pictures(questions, counts, version="2.5") == in_25
+    with pytest.raises(ValueError, match="1 <ImageHere> marks but came with 2 pictures"):
+        mark_pictures(["<ImageHere>"], [2], version="2.5")
 
 
 def test_a_text_that_spells_the_image_piece_is_not_a_picture(model, tokenizer, picture):
