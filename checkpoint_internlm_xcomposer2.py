@@ -4,7 +4,6 @@ Files and their indexes, tensor headers, the configuration that they add up to, 
 and the checks before and after loading.
 """
 
-import json
 import math
 import os
 import re
@@ -27,11 +26,22 @@ from .configuration_internlm_xcomposer2 import (
     ADAPTERS_OF_MODE,
     AttentionHeadsError,
     InternLMXcomposer2Config,
+    published_name,
+)
+from .files_internlm_xcomposer2 import (
+    SMALL_FILES,
+    check_saved,
+    check_small_file,
+    is_file,
+    plain_name,
+    read_fields,
+    shown,
 )
 
 # The indexes of sharded weights, in the order in which transformers prefers them.
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+QUANTIZE_CONFIG = "quantize_config.json"
 _NUMBERED = re.compile(r"model-\d+-of-\d+\.safetensors|pytorch_model-\d+-of-\d+\.bin")
 
 # What safetensors calls the types of its tensors.
@@ -122,6 +132,8 @@ def checkpoint_headers(
     """
     if state_dict is None:
         return read_headers(weight_paths(source, **hub_arguments))
+    if empty := [name for name, tensor in state_dict.items() if tensor.is_meta]:
+        raise ValueError(f"{len(empty)} tensors of the state_dict have no values, such as {empty[0]}")
     return {name: TensorHeader(tuple(tensor.shape), tensor.dtype) for name, tensor in state_dict.items()}
 
 
@@ -153,6 +165,8 @@ def weight_paths(source: str | os.PathLike, **hub_arguments) -> list[Path]:
         FileNotFoundError: there are no weights, or shards are missing.
         ValueError: the index can't be read.
     """
+    if os.path.isdir(source):
+        check_saved(Path(source, hub_arguments.get("subfolder") or ""))
     for single in chain(WEIGHT_FILES, _packed_files(source, hub_arguments)):
         index = f"{single}.index.json"
         if path := _find(source, single, hub_arguments):
@@ -175,11 +189,17 @@ def read_weight_map(index: Path) -> dict[str, str]:
     Raises:
         ValueError: the file is not a shard index.
     """
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): os.fspath(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} can't be read as a shard index: {error!r}") from error
+    fields = read_fields(index)
+    weight_map = fields.get("weight_map")
+    for name, found in (("metadata", fields.get("metadata")), ("weight_map", weight_map)):
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{index} can't be read as a shard index: {name} is {shown(found)}, not an object"
+            )
+    return {
+        name: plain_name(shard, f"{index}: weight_map says of {shown(name)} that its shard")
+        for name, shard in weight_map.items()
+    }
 
 
 def shards_without_index(directory: Path) -> list[Path]:
@@ -216,7 +236,8 @@ def _packed_files(source: str | os.PathLike, hub_arguments: dict) -> Iterator[st
     if fields := quantize_fields(source, **hub_arguments):
         usual = f"gptq_model-{fields.get('bits')}bit-{fields.get('group_size')}g"
         for base in dict.fromkeys((fields.get("model_file_base_name") or usual, usual)):
-            yield from (f"{base}.safetensors", f"{base}.bin")
+            where = f"{source}/{QUANTIZE_CONFIG}: model_file_base_name"
+            yield from (plain_name(f"{base}{suffix}", where) for suffix in (".safetensors", ".bin"))
 
 
 def _find(source: str | os.PathLike, name: str, hub_arguments: dict) -> Path | None:
@@ -227,7 +248,7 @@ def _find(source: str | os.PathLike, name: str, hub_arguments: dict) -> Path | N
     """
     if os.path.isdir(source):
         path = Path(source, hub_arguments.get("subfolder") or "", name)
-        return path if path.is_file() else None
+        return path if is_file(path) else None
     try:
         path = cached_file(os.fspath(source), name, **hub_arguments)
     except OSError as error:
@@ -251,25 +272,62 @@ def _safetensors_headers(path: Path) -> dict[str, TensorHeader]:
 
 
 def _torch_headers(path: Path) -> dict[str, TensorHeader]:
-    tensors = load_torch_file(path, "meta")
+    tensors = load_torch_file(path)
     return {name: TensorHeader(tuple(tensor.shape), tensor.dtype, path) for name, tensor in tensors.items()}
 
 
-def load_torch_file(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a `.bin` file, memory-mapped; only files from before torch 1.6 are read whole.
 
     Raises:
-        ValueError: something in it is not a tensor.
+        ValueError: it is compressed, or something in it is not a tensor with a name and with values.
     """
-    tensors = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
+    is_archive = zipfile.is_zipfile(path)
+    if is_archive:
+        _check_stored(path)
+    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     if not isinstance(tensors, dict):
         raise ValueError(f"it holds a {type(tensors).__name__}, not tensors by name")
-    others = [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    if unnamed := [name for name in tensors if not isinstance(name, str)]:
+        raise ValueError(f"{len(unnamed)} of its {len(tensors)} names are not texts: {shown(unnamed[0])}")
+    others = [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise ValueError(
             f"{len(others)} of its {len(tensors)} entries are not tensors: {', '.join(others[:5])}"
         )
+    _check_values(tensors, os.path.getsize(path))
     return tensors
+
+
+def _check_stored(path: Path) -> None:
+    """Raise `ValueError` for an archive that could be larger than its file; torch compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(
+            f"{len(packed)} of its entries are compressed, such as {packed[0].filename} with "
+            f"{packed[0].file_size} bytes in {packed[0].compress_size}; torch writes none"
+        )
+
+
+# How many bytes tensors may claim for each byte of their file: several may share a storage.
+_MAX_SHARING = 4
+
+
+def _check_values(tensors: Mapping[str, torch.Tensor], num_bytes: int) -> None:
+    """Raise `ValueError` for tensors without values of their own, or that claim more than a file stores."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            kind = f"{tensor.layout} on {tensor.device}"
+            raise ValueError(f"{name} has no plain values: it is {kind.removeprefix('torch.')}")
+        claimed, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        if claimed > stored:
+            raise ValueError(
+                f"{name} has the shape {tuple(tensor.shape)}, but only {stored} bytes are stored"
+            )
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if claimed > _MAX_SHARING * num_bytes:
+        raise ValueError(f"its {len(tensors)} tensors claim {claimed} bytes, but the file has {num_bytes}")
 
 
 def read_config(config_class: type, source: str | os.PathLike, **kwargs) -> tuple:
@@ -335,10 +393,83 @@ def packer_arguments(source: str | os.PathLike | None, arguments: dict, hub_argu
     return found
 
 
+def check_small_files(
+    source: str | os.PathLike, names: Sequence[str] = tuple(SMALL_FILES), **hub_arguments
+) -> None:
+    """Raise `ValueError` for the first of a checkpoint's `SMALL_FILES` that can't be used.
+
+    The message names the file and the field.
+    """
+    for name in names:
+        if (path := _find(source, name, hub_arguments)) is not None:
+            check_small_file(path)
+
+
 def quantize_fields(source: str | os.PathLike, **hub_arguments) -> dict:
-    """The content of `quantize_config.json`, which comes with GPTQ weights; empty without one."""
-    path = _find(source, "quantize_config.json", hub_arguments)
-    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+    """The content of `quantize_config.json`, which comes with GPTQ weights; empty without one.
+
+    Raises:
+        ValueError: a field is of the wrong kind; names the file.
+    """
+    path = _find(source, QUANTIZE_CONFIG, hub_arguments)
+    return check_small_file(path) if path else {}
+
+
+def skeleton(model_class: type[torch.nn.Module], config: InternLMXcomposer2Config) -> torch.nn.Module:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def published_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a model by its published name."""
+    return {published_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+# Numbers for each byte of their files: two if four bits hold one, and some more for scales that are shared.
+_MAX_WEIGHTS_PER_BYTE = 4
+
+
+def check_tensors(
+    model: torch.nn.Module,
+    headers: Mapping[str, TensorHeader],
+    shapes: Mapping[str, tuple[int, ...]],
+    source: object,
+    packing: object = None,
+    accept_mismatch: bool = False,
+) -> None:
+    """Compare the weights with a model before it takes any memory.
+
+    Args:
+        model: its `skeleton`.
+        headers, shapes: of the tensors in the files, and their shapes after unpacking.
+        packing: with `linears` that may have biases, of zeros or refused later.
+
+    Raises:
+        ValueError: tensors are missing, unknown or of another shape (they are listed), or far too small.
+    """
+    expected = published_shapes(model)
+    num_bytes = sum(header.num_bytes for header in headers.values())
+    num_weights = sum(map(math.prod, expected.values()))
+    if num_weights > _MAX_WEIGHTS_PER_BYTE * num_bytes:
+        raise ValueError(f"the weights in {source} have {num_bytes} bytes, too few for {num_weights} numbers")
+    if getattr(model.config, "quantization_config", None) is not None:
+        return  # names and shapes are those of the quantiser
+    biases = {f"{linear}.bias" for linear in packing.linears} if packing is not None else ()
+    given = {published_name(name): shape for name, shape in shapes.items() if name not in biases}
+    optional, ignored = (
+        re.compile("|".join(patterns))
+        for patterns in (model._keys_to_ignore_on_load_missing, model._keys_to_ignore_on_load_unexpected)
+    )
+    wrong = [
+        (name, given[name], shape) for name, shape in expected.items() if given.get(name, shape) != shape
+    ]
+    faults = {
+        "missing_keys": [name for name in expected if name not in given and not optional.search(name)],
+        "unexpected_keys": [name for name in given if name not in expected and not ignored.search(name)],
+        "mismatched_keys": () if accept_mismatch else wrong,
+    }
+    check_loading(faults, source)
 
 
 def check_loading(info: dict, source) -> None:

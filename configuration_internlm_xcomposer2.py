@@ -7,6 +7,7 @@ family. `InternLMXcomposer2Config` accepts them as they are, fills in the defaul
 
 import copy
 import math
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -16,7 +17,20 @@ from packaging.version import parse
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.clip.configuration_clip import CLIPVisionConfig
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
+
+from .files_internlm_xcomposer2 import (
+    CONFIG_KINDS,
+    QUANTIZATION_KINDS,
+    ROPE_KINDS,
+    SIZE,
+    TEXT_KINDS,
+    VISION_KINDS,
+    blaming,
+    check_fields,
+    is_file,
+    read_fields,
+)
 
 # One name for all copies of this file that remote code makes, so that `warning_once` really warns once.
 logger = logging.get_logger("internlm_xcomposer2")
@@ -107,6 +121,12 @@ _CLIP_LARGE = {
 _HEAD_DIM = 128
 
 _ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "yarn")
+_ROPE_NEEDS = {
+    "dynamic": ("factor",),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 # Linears whose outputs tensor parallelism splits across processes, and those whose inputs it splits.
 _CUT_OUTPUTS = ("attention.wqkv", "feed_forward.w1", "feed_forward.w3")
@@ -191,6 +211,7 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
         task_adapters: dict[str, int] | None = None,
         **kwargs,
     ) -> None:
+        check_fields(_arguments(locals()), TEXT_KINDS, owner=type(self))
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -254,9 +275,8 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
         self.rope_parameters = {**self.rope_parameters, "rope_theta": value}
 
     def _check(self) -> None:
-        for name in TEXT_SIZES:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+        check_fields(vars(self), TEXT_KINDS)
+        check_fields({name: getattr(self, name) for name in TEXT_SIZES}, dict.fromkeys(TEXT_SIZES, SIZE))
         if self.hidden_size % self.num_attention_heads:
             raise AttentionHeadsError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
@@ -267,23 +287,25 @@ class InternLMXcomposer2TextConfig(PreTrainedConfig):
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
-        for name, rank in self.task_adapters.items():
-            if not isinstance(rank, int) or rank < 1:
-                raise ValueError(
-                    f"the rank of task adapter {name!r} must be a positive integer, not {rank!r}"
-                )
+
+
+def _arguments(names: dict) -> dict:
+    """What a constructor was given, from its local names at the start."""
+    return {
+        name: value for name, value in names.items() if name not in ("self", "kwargs", "__class__")
+    } | names["kwargs"]
 
 
 def _rope_parameters(scaling: dict | None, theta: float) -> dict:
     """The current `rope_parameters` from the published `rope_scaling` (`type`, `factor`) and `rope_theta`."""
+    check_fields(scaling or {}, ROPE_KINDS, "rope_scaling.")
     parameters = dict(scaling or {})
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     if rope_type not in _ROPE_TYPES:
         raise ValueError(f"unknown rope_scaling type {rope_type!r}; choose one of {', '.join(_ROPE_TYPES)}")
     parameters.pop("type", None)
-    factor = parameters.get("factor")
-    if rope_type in ("dynamic", "linear") and not (isinstance(factor, int | float) and factor >= 1):
-        raise ValueError(f"rope_scaling of type {rope_type!r} needs a factor of at least 1, not {factor!r}")
+    if lacking := [name for name in _ROPE_NEEDS.get(rope_type, ()) if parameters.get(name) is None]:
+        raise ValueError(f"rope_scaling of type {rope_type!r} needs {', '.join(lacking)}")
     return {"rope_theta": theta, **parameters, "rope_type": rope_type}
 
 
@@ -330,6 +352,9 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         max_length: int | None = None,
         **kwargs,
     ) -> None:
+        check_fields(_arguments(locals()), CONFIG_KINDS, owner=type(self))
+        if isinstance(says := kwargs.get("quantization_config"), dict):
+            check_fields(says, QUANTIZATION_KINDS, "quantization_config.")
         self.version = version or _guess_version(img_size, kwargs)
         if self.version not in VERSIONS:
             raise ValueError(f"unknown version {self.version!r}; this package knows {', '.join(VERSIONS)}")
@@ -348,6 +373,21 @@ class InternLMXcomposer2Config(PreTrainedConfig):
             kwargs["num_labels"] = kwargs.get("num_labels") or 1  # the library's default is two
         forwarded = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
         super().__init__(**{name: getattr(self.text_config, name) for name in forwarded}, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Like the base class.
+
+        Raises:
+            OSError: there is no `config.json`.
+            ValueError: it can't be read, or a field is wrong; names the file and the field.
+        """
+        source = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        file = os.path.join(source, CONFIG_NAME) if os.path.isdir(source) else source
+        if kwargs.get("gguf_file") is None and is_file(file):
+            read_fields(file)
+        with blaming(file):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
@@ -370,7 +410,14 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def _check(self) -> None:
+        check_fields(vars(self), CONFIG_KINDS)
         vision = self.vision_config
+        check_fields(vars(vision), VISION_KINDS, "vision_config.")
+        if vision.hidden_size % vision.num_attention_heads:
+            raise ValueError(
+                f"vision_config.hidden_size {vision.hidden_size} must be a multiple of its "
+                f"num_attention_heads {vision.num_attention_heads}"
+            )
         if vision.image_size % vision.patch_size:
             raise ValueError(
                 f"image_size {vision.image_size} px is not a multiple of patch_size {vision.patch_size} px"
@@ -379,8 +426,6 @@ class InternLMXcomposer2Config(PreTrainedConfig):
             raise ValueError(
                 f"tiles of {vision.image_size} px can't be merged 2x2 in patches of {vision.patch_size} px"
             )
-        if not isinstance(self.hd_num, int) or self.hd_num < 1:
-            raise ValueError(f"hd_num must be a positive integer, not {self.hd_num!r}")
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"image_token_id {self.image_token_id} is outside the vocabulary of "
@@ -470,7 +515,10 @@ _TEXT_FIELDS = (
 )
 # And what only the text configuration's constructor can read.
 _TEXT_ARGUMENTS = (*_TEXT_FIELDS, "rope_scaling")
-_CALLER_ONLY = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_CALLER_ONLY = (
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+)
 
 for _name in _TEXT_FIELDS:
     setattr(InternLMXcomposer2Config, _name, _forwarded(_name))
@@ -495,11 +543,14 @@ def _text_config(given: dict | PreTrainedConfig | None, fields: dict, defaults: 
 
 def _vision_config(given: dict | PreTrainedConfig | None, img_size: int | None, defaults: Version):
     """The tower's configuration, CLIP-L/14 unless stated otherwise."""
-    fields = {**_CLIP_LARGE, "image_size": defaults.image_size, **_own_fields(given or {})}
+    given = _own_fields(given or {})
+    check_fields(given, VISION_KINDS, "vision_config.", CLIPVisionConfig)
+    fields = {**_CLIP_LARGE, "image_size": defaults.image_size, **given}
     return CLIPVisionConfig(**{**fields, **({} if img_size is None else {"image_size": img_size})})
 
 
 def _own_fields(given: dict | PreTrainedConfig) -> dict:
+    """The fields of a part, without those that only the caller may choose."""
     given = given.to_dict() if isinstance(given, PreTrainedConfig) else given
     return {name: value for name, value in given.items() if name not in _CALLER_ONLY}
 
@@ -544,9 +595,20 @@ class WeightShapes:
             )
         return self.shapes[name]
 
+    def of(self, name: str, dimensions: int) -> tuple[int, ...]:
+        """The shape of a tensor.
+
+        Raises:
+            ValueError: there is no such tensor, or it has another number of dimensions, or no elements.
+        """
+        shape = self[name]
+        if len(shape) != dimensions or 0 in shape:
+            raise ValueError(f"tensor {name} has the shape {shape}, not {dimensions} positive dimensions")
+        return shape
+
     def rows(self, name: str, default: int | None = None) -> int | None:
         """The first dimension of a tensor, or `default` if there is no such tensor."""
-        return self.shapes[name][0] if name in self.shapes else default
+        return self.of(name, len(self[name]) or 1)[0] if name in self.shapes else default
 
     def count(self, prefix: str) -> int:
         """How many consecutively numbered blocks start with `prefix`."""
@@ -557,7 +619,7 @@ class WeightShapes:
         """The rank of each task adapter."""
         prefix = "model.layers.0.attention.wqkv.lora_"
         found = [name for name in self.shapes if name.startswith(prefix) and name.endswith("_A.weight")]
-        return {name[len(prefix) : -len("_A.weight")]: self.shapes[name][0] for name in found}
+        return {name[len(prefix) : -len("_A.weight")]: self.of(name, 2)[0] for name in found}
 
 
 # ---- sizes that the weights determine ----
@@ -569,8 +631,8 @@ def _complete(config: InternLMXcomposer2Config, shapes: WeightShapes) -> InternL
     _complete_text(config.text_config, shapes, config.version)
     if config.image_token_id == _IMAGE_TOKEN_ID:  # a vocabulary of another family may lack it
         config.image_token_id = min(_IMAGE_TOKEN_ID, config.text_config.vocab_size - 1)
-    video_memory = shapes.shapes.get("video_mem_proj.0.weight")
-    config.video_memory_size = video_memory[1] if video_memory else None
+    memory = "video_mem_proj.0.weight"
+    config.video_memory_size = shapes.of(memory, 2)[1] if memory in shapes.shapes else None
     config.num_labels = shapes.rows("score.weight", config.num_labels)
     config._check()
     return config
@@ -579,8 +641,8 @@ def _complete(config: InternLMXcomposer2Config, shapes: WeightShapes) -> InternL
 def _complete_vision(config: InternLMXcomposer2Config, shapes: WeightShapes) -> None:
     """Version and tower from the position table, the patch kernel and the newline vectors."""
     tower = "vit.vision_tower.vision_model."
-    width, _, patch, _ = shapes[f"{tower}embeddings.patch_embedding.weight"]
-    side = math.isqrt(shapes[f"{tower}embeddings.position_embedding.weight"][0] - 1) * patch
+    width, _, patch, _ = shapes.of(f"{tower}embeddings.patch_embedding.weight", 4)
+    side = math.isqrt(shapes.of(f"{tower}embeddings.position_embedding.weight", 2)[0] - 1) * patch
     vision = config.vision_config
     if vision.hidden_size != width:
         vision.num_attention_heads = max(1, width // 64)  # CLIP's heads are 64 wide
@@ -588,7 +650,7 @@ def _complete_vision(config: InternLMXcomposer2Config, shapes: WeightShapes) -> 
             logger.warning_once(f"the tower is {width} wide; assuming {vision.num_attention_heads} heads")
     vision.hidden_size, vision.patch_size, vision.image_size = width, patch, side
     vision.num_hidden_layers = shapes.count(f"{tower}encoder.layers.")
-    vision.intermediate_size = shapes[f"{tower}encoder.layers.0.mlp.fc1.weight"][0]
+    vision.intermediate_size = shapes.of(f"{tower}encoder.layers.0.mlp.fc1.weight", 2)[0]
     previous = config.version
     config.version = _version_of_weights(side, shapes, previous)
     if config.version != previous:
@@ -607,18 +669,20 @@ def _version_of_weights(side: int, shapes: WeightShapes, configured: str) -> str
 
 def _complete_text(text: InternLMXcomposer2TextConfig, shapes: WeightShapes, version: str) -> None:
     """Sizes, ranks and adapters of the decoder."""
-    text.vocab_size, hidden_size = shapes["model.tok_embeddings.weight"]
+    text.vocab_size, hidden_size = shapes.of("model.tok_embeddings.weight", 2)
     if hidden_size != text.hidden_size:  # then the width of heads is as configured, not their number
         text.num_attention_heads = max(1, hidden_size // text.head_dim)
     text.hidden_size = hidden_size
     text.num_hidden_layers = shapes.count("model.layers.")
     block = "model.layers.0."
     # The low-rank factors are as wide as their linears, which may be packed into 4 bits.
-    text.intermediate_size = shapes[f"{block}feed_forward.w1.Plora_B.weight"][0]
-    text.num_key_value_heads = _num_key_value_heads(text, shapes[f"{block}attention.wqkv.Plora_B.weight"][0])
-    rank = shapes[f"{block}attention.wo.Plora_A.weight"][0]
+    text.intermediate_size = shapes.of(f"{block}feed_forward.w1.Plora_B.weight", 2)[0]
+    text.num_key_value_heads = _num_key_value_heads(
+        text, shapes.of(f"{block}attention.wqkv.Plora_B.weight", 2)[0]
+    )
+    rank = shapes.of(f"{block}attention.wo.Plora_A.weight", 2)[0]
     text.plora_rank, text.plora_alpha = _rank_and_alpha(text.plora_rank, text.plora_alpha, rank, 1)
-    rank = shapes[f"{block}attention.wqkv.Plora_A.weight"][0]
+    rank = shapes.of(f"{block}attention.wqkv.Plora_A.weight", 2)[0]
     published = VERSIONS[version]
     default_scale = (published.plora_wqkv_alpha or 1) / (published.plora_wqkv_rank or 1)
     text.plora_wqkv_rank, text.plora_wqkv_alpha = _rank_and_alpha(

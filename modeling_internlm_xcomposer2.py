@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from accelerate.utils import align_module_device
@@ -17,7 +18,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import GENERATION_CONFIG_NAME, can_return_tuple, logging
 
 from .build_mlp import (
     Projector,
@@ -33,12 +34,15 @@ from .checkpoint_internlm_xcomposer2 import (
     asking_for_heads,
     check_divisible,
     check_loading,
+    check_small_files,
+    check_tensors,
     checkpoint_headers,
     choose_adapters,
     hub_arguments_in,
     packer_arguments,
     read_config,
     shapes_of,
+    skeleton,
     tensor_parallel_size,
 )
 from .compose_internlm_xcomposer2 import ComposeMixin
@@ -56,6 +60,7 @@ from .embedding_methods_internlm_xcomposer2 import get_stopping_criteria as get_
 from .embedding_methods_internlm_xcomposer2 import image_extensions as image_extensions
 from .embedding_methods_internlm_xcomposer2 import set_random_seed as set_random_seed
 from .embedding_methods_internlm_xcomposer2 import video_extensions as video_extensions
+from .files_internlm_xcomposer2 import blaming, finish_saving, saved_aside
 from .generation_internlm_xcomposer2 import GenerateMixin
 from .image_processing_internlm_xcomposer2 import (
     VisProcessor,
@@ -87,6 +92,16 @@ def _accept_published_names(module: nn.Module, state_dict: dict, prefix: str, *a
     for name in list(state_dict):
         if name.startswith(prefix) and (ours := our_name(name)) != name:
             state_dict[ours] = state_dict.pop(name)
+
+
+def writes_alone(arguments: Mapping[str, object]) -> bool:
+    """Whether this process is the one that writes, by the arguments of `save_pretrained`."""
+    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return (
+        is_first
+        and bool(arguments.get("is_main_process", True))
+        and not arguments.get("distributed_checkpoint")
+    )
 
 
 class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel):
@@ -175,6 +190,8 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
         """
         source = pretrained_model_name_or_path
         hub_arguments = hub_arguments_in(kwargs)
+        if source is not None and os.path.isdir(source):
+            finish_saving(Path(source, hub_arguments.get("subfolder") or ""))
         quantization = quantizer_argument(kwargs.pop("quantization_config", None), kwargs.get("device_map"))
         if not isinstance(config, PreTrainedConfig):
             config, kwargs = read_config(cls.config_class, config or source, **kwargs)
@@ -188,7 +205,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
             model_args = ((packing, shapes), *model_args)
             shapes = unpacked_shapes(shapes, packing)
         kwargs["quantization_config"] = quantization
-        with asking_for_heads(source):
+        with blaming(f"the weights in {source}"), asking_for_heads(source):
             config = config.complete_from_shapes(shapes)
         if packing is not None and hasattr(config, "quantization_config"):
             del config.quantization_config  # config is a copy; transformers would ask for packages to read it
@@ -197,6 +214,9 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
         check_divisible(config.text_config, num_processes)
         choose_adapters(config, adapters)
         accept_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        check_tensors(skeleton(model_class, config), headers, shapes, source, packing, accept_mismatch)
+        if source is not None and not found and kwargs.get("generation_config") is None:
+            check_small_files(source, (GENERATION_CONFIG_NAME,), **hub_arguments)
         kwargs["ignore_mismatched_sizes"] = True  # so that every fault is listed below, not only logged
         model, info = super(InternLMXComposer2Backbone, model_class).from_pretrained(
             None if found else source, *model_args, config=config, output_loading_info=True, **kwargs
@@ -219,15 +239,30 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Write the checkpoint, under the published names unless the weights are quantised.
 
+        It is written aside and then moved into place, so that a kill leaves what was there before. Weights of
+        another form that were there (a single file, shards, `.bin`) are removed. With
+        `distributed_checkpoint=True`, all processes write straight into the directory.
+
         Raises:
             ValueError: the quantised weights can't be saved; nothing is written.
+            FileExistsError: the directory is a file, or another process is saving into it.
+            OSError: the disk is full or can't be written to; nothing in the directory has changed.
         """
-        if getattr(self, "hf_quantizer", None) is None:
+        is_quantized = getattr(self, "hf_quantizer", None) is not None
+        if is_quantized:
+            check_savable(self)
+            kwargs["save_original_format"] = False
+        if not writes_alone(kwargs):
             super().save_pretrained(save_directory, **kwargs)
-            return
-        check_savable(self)
-        super().save_pretrained(save_directory, **{**kwargs, "save_original_format": False})
-        settle_saved_metadata(save_directory)
+        else:
+            if kwargs.get("push_to_hub"):
+                kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            with saved_aside(save_directory) as folder:
+                super().save_pretrained(folder, **kwargs)
+                if is_quantized:
+                    settle_saved_metadata(folder)
+        if self.num_processes > 1:
+            torch.distributed.barrier()  # so that no process loads what the first one is still moving
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -1,10 +1,13 @@
 """Finished models and adapters: complete, in the published layout, and never half-written."""
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import read_headers
+from internlm_xcomposer2.files_internlm_xcomposer2 import read_fields
 from internlm_xcomposer2.ixc2.adopt import staging_beside
 from internlm_xcomposer2.ixc2.examine import examine
 from internlm_xcomposer2.ixc2.small_files import describe_checkpoint
@@ -28,6 +31,35 @@ def put_in_place(target: Path) -> Iterator[Path]:
     with staging_beside(target) as folder:
         yield folder
         folder.rename(target)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a finished model or adapter can be read: the card is written last, and every file is whole."""
+    if not (folder / CARD).is_file():
+        return False
+    try:
+        if (folder / "adapter_config.json").is_file():
+            read_fields(folder / "adapter_config.json")
+            read_headers([folder / "adapter_model.safetensors"])
+        else:
+            read_fields(folder / "config.json")
+            examine(folder)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def move_unfinished(target: Path) -> Path | None:
+    """Move a model aside that isn't complete, so that it is neither taken for finished nor lost.
+
+    Returns:
+        Where it is now, or `None` if there is nothing, or a complete model, at `target`.
+    """
+    if not target.is_dir() or is_complete(target):
+        return None
+    numbers = itertools.count(1)
+    names = (target.with_name(f"{target.name}.unfinished-{number}") for number in numbers)
+    return target.rename(next(name for name in names if not name.exists()))
 
 
 def complete(folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
@@ -75,5 +107,5 @@ def save_trained(
     trainer.save_model(str(partial))
     if trainer.is_world_process_zero():
         complete(partial, tokenizer, card)
-        partial.rename(target)
+        partial.rename(target)  # complete, or not there at all
     trainer.accelerator.wait_for_everyone()

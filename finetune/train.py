@@ -21,7 +21,7 @@ from .freezing import freeze, hold_trained_in_float32
 from .lora import add_lora, import_peft, quantization, target_modules
 from .packing import PackedDataset
 from .rows import read_data
-from .saving import save_trained
+from .saving import move_unfinished, save_trained
 from .trainer import FinetuneTrainer
 
 Arguments = tuple[ModelArguments, DataArguments, TrainArguments]
@@ -90,6 +90,8 @@ def train(
         ImportError: LoRA without peft.
         RuntimeError: out of memory; says what needs less.
     """
+    if training.should_save and (moved := move_unfinished(Path(training.output_dir) / FINAL)):
+        print(f"a model that isn't complete was in the way: moved to {moved}")
     check_arguments(model_arguments, data, training)
     if data.packing and task.heads:
         raise ValueError("--packing True: a score is read at the end of each row, so rows can't be packed")

@@ -1,15 +1,15 @@
 """Turn a published checkpoint into a directory that any user of transformers can load."""
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint_internlm_xcomposer2 import INDEX_FILES, read_headers
+from ..files_internlm_xcomposer2 import check_link, is_plain_name, read_fields, read_small, shown, staging
 from .convert import INDEX, Piece, convert, index_of, plan_pieces
 from .examine import Findings, examine
 from .small_files import describe_checkpoint, json_bytes
@@ -76,6 +76,10 @@ def adopt(
         OSError: the disk is too small or can't be written to.
     """
     source, target = Path(source).absolute(), Path(target).absolute()
+    for path in (source, target):
+        check_link(path)
+    if target.is_symlink():
+        target = Path(os.path.realpath(target))
     previous = check_target(source, target)
     findings = examine(source, num_attention_heads)
     check_loadable(findings)
@@ -85,13 +89,13 @@ def adopt(
     plan.texts |= texts
     needed, kept = _what_is_needed(plan, target, previous, copy)
     dropped = [name for name in previous.get("files", {}) if name not in plan.names and _is_weights(name)]
-    removed = [name for name in dropped if (target / name).exists()]
+    removed = [name for name in dropped if os.path.lexists(target / name) and not (target / name).is_dir()]
     if needed or removed:
         check_space(plan, needed, findings, target, copy)
         with staging_beside(target) as staging:
             _fill(plan, needed, staging, copy)
             record = _record(plan, target, staging, previous, kept)
-            record = {"source": os.fspath(source.resolve()), "converted": convert_bin, "files": record}
+            record = {"source": os.path.realpath(source), "converted": convert_bin, "files": record}
             (staging / MARKER).write_bytes(json_bytes(record))
             _put_in_place(staging, target, removed)
     notes = (*findings.notes, *notes)
@@ -105,7 +109,7 @@ def check_target(source: Path, target: Path) -> dict:
         FileExistsError: `target` is a file, holds something else, or was adopted from elsewhere.
         ValueError: `target` is inside `source`, or the other way round.
     """
-    real_source, real_target = source.resolve(), target.resolve()
+    real_source, real_target = (Path(os.path.realpath(path)) for path in (source, target))
     if real_target == real_source or real_source in real_target.parents or real_target in real_source.parents:
         raise ValueError(f"one of {target} and {source} is inside the other; choose another target directory")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -117,15 +121,34 @@ def check_target(source: Path, target: Path) -> dict:
             f"{target} holds files that were not adopted; empty it or choose another target directory"
         )
     try:
-        previous = json.loads((target / MARKER).read_text(encoding="utf-8"))
-        origin, _ = previous["source"], dict(previous["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FileExistsError(f"{target / MARKER} is damaged; delete {target} or choose another") from error
-    if origin != os.fspath(real_source):
+        previous = read_record(target / MARKER)
+    except ValueError as error:
         raise FileExistsError(
-            f"{target} was adopted from {origin}, not from {source}; delete it or choose another"
+            f"{target / MARKER} is damaged; delete {target} or choose another: {error}"
+        ) from error
+    if previous["source"] != os.fspath(real_source):
+        raise FileExistsError(
+            f"{target} was adopted from {previous['source']}, not from {source}; delete it or choose another"
         )
     return previous
+
+
+def read_record(path: Path) -> dict:
+    """What an earlier run wrote: `source`, whether it `converted`, and digest or size of its `files`.
+
+    Raises:
+        ValueError: a field is missing or of another kind, or a file isn't one of the directory's own.
+    """
+    record = read_fields(path)
+    source, files = record.get("source"), record.get("files")
+    if not isinstance(source, str) or not isinstance(files, dict):
+        raise ValueError(f"source is {shown(source)} and files are {shown(files)}")
+    for name, value in files.items():
+        if not is_plain_name(name):
+            raise ValueError(f"files names {shown(name)}, which isn't a file of this directory")
+        if not isinstance(value, str | int):
+            raise ValueError(f"files says {shown(value)} of {name}, neither a digest nor a size")
+    return record
 
 
 def check_loadable(findings: Findings) -> None:
@@ -159,7 +182,7 @@ def _plan_weights(findings: Findings, convert_bin: bool, max_shard_size: int | s
 def _index_bytes(findings: Findings, name: str) -> bytes:
     """The source's own index, or one made from its shards."""
     if findings.has_index:
-        return (findings.source / name).read_bytes()
+        return read_small(findings.source / name)
     total_size = sum(header.num_bytes for header in findings.headers.values())
     weight_map = {key: header.file.name for key, header in sorted(findings.headers.items())}
     return json_bytes({"metadata": {"total_size": total_size}, "weight_map": weight_map})
@@ -171,7 +194,7 @@ def _is_weights(name: str) -> bool:
 
 def _place(path: Path, destination: Path, copy: bool) -> None:
     """Hard link, else symbolic link, else copy; a copy right away if requested."""
-    real = path.resolve()
+    real = Path(os.path.realpath(path))
     steps: list[Callable[[Path, Path], object]] = [os.link, os.symlink, shutil.copyfile]
     for step in steps[2:] if copy else steps:
         try:
@@ -189,6 +212,8 @@ def _what_is_needed(plan: _Plan, target: Path, previous: dict, copy: bool) -> tu
     """Names of files to write, and names of files that someone has changed since."""
     recorded = previous.get("files", {})
     needed, kept = [], []
+    if folders := [name for name in (*plan.names, MARKER) if (target / name).is_dir()]:
+        raise FileExistsError(f"{target / folders[0]} is a directory; move it away or choose another target")
     for name, path in plan.links.items():
         if not _is_placed(path, target / name, copy):
             needed.append(name)
@@ -241,25 +266,14 @@ def check_space(plan: _Plan, needed: list[str], findings: Findings, target: Path
         )
 
 
-@contextmanager
-def staging_beside(target: Path) -> Iterator[Path]:
+def staging_beside(target: Path) -> AbstractContextManager[Path]:
     """A new directory beside `target`, on the same disk; removed afterwards whatever happens.
 
     Raises:
-        FileExistsError: another run is in progress, or was killed.
+        FileExistsError: another run is in progress.
     """
-    staging = target.with_name(f"{target.name}.partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        staging.mkdir()
-    except FileExistsError:
-        raise FileExistsError(
-            f"{staging} already exists: another run is in progress, or one was killed and it can be deleted"
-        ) from None
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    remedy = "wait for it, or choose another target directory"
+    return staging(target.with_name(f"{target.name}.partial"), remedy=remedy)
 
 
 def _fill(plan: _Plan, needed: list[str], staging: Path, copy: bool) -> None:

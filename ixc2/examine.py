@@ -1,6 +1,5 @@
 """What a checkpoint is, by the headers of its weights: version, sizes, parameters, memory."""
 
-import json
 import math
 import os
 import re
@@ -16,13 +15,16 @@ from ..checkpoint_internlm_xcomposer2 import (
     TensorHeader,
     adopt_command,
     asking_for_heads,
+    published_shapes,
     quantize_fields,
     read_headers,
     read_weight_map,
     shards_without_index,
+    skeleton,
     weight_paths,
 )
 from ..configuration_internlm_xcomposer2 import InternLMXcomposer2Config, is_reward, published_name
+from ..files_internlm_xcomposer2 import is_file, read_fields
 from ..image_processing_internlm_xcomposer2 import grid_of_image, tokens_of_grid
 from ..modeling_internlm_xcomposer2 import (
     InternLMXComposer2ForCausalLM,
@@ -157,17 +159,13 @@ def _check_index(source: Path, headers: dict[str, TensorHeader]) -> None:
 def _fields_of(source: Path, notes: list[str]) -> dict:
     """`config.json` as a dictionary, empty if there is none."""
     path = source / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         notes.append("no config.json: every size comes from the weights")
         return {}
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        return read_fields(path)
     except ValueError as error:
-        remedy = f"fix or remove it, then run: {adopt_command(source)}"
-        raise ValueError(f"{path} is not JSON: {error}; {remedy}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__}, not fields by name")
-    return fields
+        raise ValueError(f"{error}, then run: {adopt_command(source)}") from error
 
 
 def _completed(fields: dict, shapes: dict[str, tuple[int, ...]], source: Path) -> InternLMXcomposer2Config:
@@ -187,9 +185,7 @@ def compare_with_model(
     model_class = (
         InternLMXComposer2ForSequenceClassification if is_reward(shapes) else InternLMXComposer2ForCausalLM
     )
-    with torch.device("meta"):
-        model = model_class(config)
-    expected = {(published_name(name), tuple(value.shape)) for name, value in model.state_dict().items()}
+    expected = set(published_shapes(skeleton(model_class, config)).items())
     biases = {f"{linear}.bias" for linear in packing.linears} if packing else set()
     found = {(published_name(name), shape) for name, shape in shapes.items() if name not in biases}
     missing = {_named(pair) for pair in expected - found if not _OPTIONAL.search(pair[0])}

@@ -14,6 +14,7 @@ from ..checkpoint_internlm_xcomposer2 import (
     TensorHeader,
     read_weight_map,
 )
+from ..files_internlm_xcomposer2 import check_link
 
 HUBS = ("huggingface", "modelscope")
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*")
@@ -23,7 +24,7 @@ _BLOCK = 1 << 18  # bytes that are read remotely at a time
 
 def is_hub_id(source: str) -> bool:
     """Whether this names a repository (`owner/name`), not a directory."""
-    return not os.path.exists(source) and bool(_HUB_ID.fullmatch(source))
+    return not os.path.lexists(source) and bool(_HUB_ID.fullmatch(source))
 
 
 def fetch(source: str, hub: str = "huggingface", revision: str | None = None, subfolder: str = "") -> Path:
@@ -69,6 +70,7 @@ def fetch_description(
 
 def _local(source: str, subfolder: str) -> Path:
     folder = Path(source, subfolder)
+    check_link(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is neither a directory nor the id of a repository (owner/name)")
     return folder

@@ -120,7 +120,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def default_target(source: str, subfolder: str) -> Path:
     """`NAME-ixc2` in the working directory; NAME is the last part of the source's path or id."""
-    return Path.cwd() / "-".join([Path(source).resolve().name, *Path(subfolder).parts, "ixc2"])
+    return Path.cwd() / "-".join([Path(os.path.realpath(source)).name, *Path(subfolder).parts, "ixc2"])
 
 
 def _adopt(options: argparse.Namespace) -> None:

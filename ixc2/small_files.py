@@ -3,7 +3,9 @@
 import ast
 import copy
 import json
+import os
 import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -16,6 +18,7 @@ from ..configuration_internlm_xcomposer2 import (
     InternLMXcomposer2Config,
     is_reward,
 )
+from ..files_internlm_xcomposer2 import is_file, read_fields, read_small
 from ..image_processing_internlm_xcomposer2 import InternLMXComposer2ImageProcessor
 from ..processing_internlm_xcomposer2 import InternLMXComposer2Processor
 from ..tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
@@ -53,7 +56,7 @@ def describe_checkpoint(
     notes: list[str] = []
     files = _modules(findings.config.version)
     for pattern in _TRAVELLING:
-        files |= {path.name: path.read_bytes() for path in findings.source.glob(pattern) if path.is_file()}
+        files |= _texts(findings.source, pattern, notes)
     files |= _tokenizer_files(findings, tokenizer, notes)
     files |= _processor_files(findings.config)
     files["generation_config.json"] = json_bytes(_generation_fields(findings, notes))
@@ -61,6 +64,22 @@ def describe_checkpoint(
     if "tokenizer.model" in files:
         _check_by_loading(files, findings)
     return files, tuple(notes)
+
+
+def _texts(source: Path, pattern: str, notes: list[str]) -> dict[str, bytes]:
+    """Files that are copied unseen, so only the checkpoint's own: what lies elsewhere may be anything."""
+    named = [path for path in sorted(source.iterdir()) if fnmatch(path.name, pattern)]
+    found = [path for path in named if is_file(path)]
+    own = [path for path in found if _is_own(path, source)]
+    notes += [f"{path.name} is a link to another place: not copied" for path in found if path not in own]
+    return {path.name: read_small(path) for path in own}
+
+
+def _is_own(path: Path, source: Path) -> bool:
+    """Whether a file is inside its directory, if links are followed, or in the hub's cache with it."""
+    folder, real = Path(os.path.realpath(source)), Path(os.path.realpath(path))
+    caches = [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]
+    return folder in real.parents or any(cache in real.parents for cache in caches)
 
 
 def _modules(version: str) -> dict[str, bytes]:
@@ -87,16 +106,6 @@ def without_functions(source: bytes, names: tuple[str, ...]) -> bytes:
     return b"".join(lines)
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; fix or remove it") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__}, not fields by name; fix or remove it")
-    return fields
-
-
 def json_bytes(content: dict) -> bytes:
     """The content of a JSON file."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
@@ -104,8 +113,8 @@ def json_bytes(content: dict) -> bytes:
 
 def _fields_beside(findings: Findings, name: str, notes: list[str]) -> dict:
     """A JSON file of the checkpoint, empty if it has none."""
-    if (findings.source / name).is_file():
-        return _read_json(findings.source / name)
+    if is_file(findings.source / name):
+        return read_fields(findings.source / name)
     notes.append(f"no {name}: written with this package's defaults")
     return {}
 
@@ -140,19 +149,19 @@ def _generation_fields(findings: Findings, notes: list[str]) -> dict:
 
 def _tokenizer_files(findings: Findings, given: Path | None, notes: list[str]) -> dict[str, bytes]:
     """The vocabulary, and a `tokenizer_config.json` with our class and the checkpoint's own fields."""
-    ours = _read_json(PACKAGE / "tokenizer_config.json")
+    ours = read_fields(PACKAGE / "tokenizer_config.json")
     own = _fields_beside(findings, "tokenizer_config.json", notes)
     side = {"padding_side": ours["padding_side"]}  # pipelines pad batches by it
     fields = {**side, **own, "tokenizer_class": ours["tokenizer_class"], "auto_map": ours["auto_map"]}
     files = {"tokenizer_config.json": json_bytes(fields)}
     for name in ("added_tokens.json", "special_tokens_map.json"):
-        if (findings.source / name).is_file():
-            files[name] = (findings.source / name).read_bytes()
+        if is_file(findings.source / name):
+            files[name] = read_small(findings.source / name)
     if given is not None and not given.is_file():
         raise FileNotFoundError(f"{given} is not a file; --tokenizer needs a tokenizer.model")
     path = given or findings.source / "tokenizer.model"
-    if path.is_file():
-        files["tokenizer.model"] = path.read_bytes()
+    if is_file(path):
+        files["tokenizer.model"] = read_small(path)
     else:
         notes.append(
             "no tokenizer.model: the model loads, but its tokenizer doesn't; "
@@ -167,7 +176,7 @@ def _processor_files(config: InternLMXcomposer2Config) -> dict[str, bytes]:
     for name in _PROCESSOR_FILES:
         path = PACKAGE / name
         if path.is_file() and name.endswith(".json"):
-            files[name] = json_bytes(_with_numbers_of(config, _read_json(path)))
+            files[name] = json_bytes(_with_numbers_of(config, read_fields(path)))
         elif path.is_file():
             files[name] = path.read_bytes()
     return files

@@ -395,10 +395,10 @@ FAULTS = {
     ),
     "full target": ({}, lambda s, t: _fill(t), "holds files that were not adopted; empty it"),
     "file as target": ({}, lambda s, t: t.write_text("x"), "is a file; choose another"),
-    "work in progress": (
+    "a folder in the way": (
         {},
-        lambda s, t: t.with_name("target.partial").mkdir(),
-        "another run is in progress",
+        lambda s, t: (t.with_name("target.partial") / "mine").mkdir(parents=True),
+        "target.partial holds other files; move it away",
     ),
 }
 

@@ -1,12 +1,16 @@
 """What trains and what doesn't, losses, resuming, evaluation, the card, and what is rejected."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from finetune_helpers import (
+    ALWAYS,
     FAST,
     LORA,
     TASKS,
@@ -17,7 +21,7 @@ from finetune_helpers import (
     write_base,
     write_rows,
 )
-from helpers import picture_inputs, tiny_model
+from helpers import ROOT, picture_inputs, tiny_model
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 from safetensors.torch import load_file
 from transformers import Trainer
@@ -26,6 +30,7 @@ from finetune import train as training
 from finetune.arguments import ModelArguments
 from finetune.card import Facts, card_text
 from finetune.freezing import freeze, part_of, trained_parts
+from finetune.saving import is_complete
 
 pytestmark = pytest.mark.slow
 
@@ -358,9 +363,63 @@ def test_a_missing_tensorboard_is_named(base, rows, tmp_path, monkeypatch):
 
 
 def test_a_finished_model_is_not_overwritten(base, rows, tmp_path):
-    (tmp_path / "final").mkdir()
+    shutil.copytree(base, tmp_path / "final")
     with pytest.raises(FileExistsError, match="holds a finished model"):
         run(base, rows, tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["README.md", "config.json", "model.safetensors", None])
+def test_a_model_that_is_not_complete_is_moved_aside_and_not_taken_for_finished(base, rows, tmp_path, lost):
+    """As a copy that was interrupted leaves it; without a name, the weights are cut."""
+    shutil.copytree(base, tmp_path / "final")
+    path = tmp_path / "final" / (lost or "model.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2]) if lost is None else path.unlink()
+    left = sorted(os.listdir(tmp_path / "final"))
+    run(base, rows, tmp_path, *LORA)
+    assert sorted(os.listdir(tmp_path / "final.unfinished-1")) == left
+    assert is_complete(tmp_path / "final")
+    with pytest.raises(FileExistsError, match="holds a finished model"):
+        run(base, rows, tmp_path, *LORA)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from finetune import saving, train
+from finetune.trainer import FinetuneTrainer
+
+place, run = sys.argv[2], sys.argv[3:]
+def die(*_, **__):
+    os._exit(9)
+if place == "weights":
+    save = FinetuneTrainer.save_model
+    def save_model(self, output_dir=None, **kwargs):
+        save(self, output_dir, **kwargs)
+        die() if output_dir else None
+    FinetuneTrainer.save_model = save_model
+elif place == "files":
+    saving.describe_checkpoint = die
+else:
+    rename = Path.rename
+    Path.rename = lambda self, target: die() if Path(target).name == "final" else rename(self, target)
+train.train(*train.parse_arguments(run))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["weights", "files", "rename"])
+def test_a_run_that_is_killed_while_it_saves_its_model_can_be_continued(base, rows, tmp_path, place):
+    out = tmp_path / "out"
+    flags = ["--model_name_or_path", str(base), "--data_path", str(rows), "--output_dir", str(out)]
+    flags += [*ALWAYS, *FAST, "--save_steps", "2", "--save_only_model", "False"]
+    command = [sys.executable, "-c", KILLED, str(ROOT), place, *flags]
+    killed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert killed.returncode == 9, killed.stderr[-2000:]
+    assert not (out / "final").exists()
+    run(base, rows, out, *FAST, "--save_steps", "2", "--resume_from_checkpoint", "True")
+    assert is_complete(out / "final") and not list(out.glob("final.*"))
 
 
 def test_a_mode_that_the_checkpoint_lacks_is_rejected(rows, tmp_path):
