@@ -15,7 +15,6 @@ from transformers import BatchEncoding
 from transformers.generation.streamers import BaseStreamer
 
 from .cache_internlm_xcomposer2 import ChatHistory, PromptCache
-from .configuration_internlm_xcomposer2 import check_infer_mode
 from .media_internlm_xcomposer2 import MAX_FRAMES
 from .prompt_internlm_xcomposer2 import (
     META_INSTRUCTION,
@@ -24,11 +23,9 @@ from .prompt_internlm_xcomposer2 import (
     check_tokenizer,
     check_turns,
     cut_response,
-    format_prompt,
     plan_chat,
     stop_token_ids,
     system_text,
-    text_only_ids,
 )
 
 UNFINISHED = "\ufffd"  # what a tokenizer makes of the first bytes of a character
@@ -159,9 +156,9 @@ def _write(generate: Callable[[], PromptCache | None], writer: AnswerWriter, kep
 
 
 class ChatMixin:
-    """The methods that users call. Needs `config`, `font`, `input_device` and `_answer`.
+    """The methods that users call. Needs `config`, `font`, `input_device`, `_answer` and `_check_settings`.
 
-    `_answer` comes from `GenerateMixin`, or from another engine.
+    The last two come from `GenerateMixin`, or from another engine.
     """
 
     @torch.no_grad()
@@ -185,6 +182,7 @@ class ChatMixin:
         reuse: bool = True,
         fps: float = 1.0,
         num_frames: int = MAX_FRAMES,
+        allow_markup: bool = False,
         **generate_kwargs,
     ) -> tuple[str, ChatHistory]:
         """Answer a question, with or without pictures and videos.
@@ -202,6 +200,9 @@ class ChatMixin:
             reuse: whether the returned history keeps what was computed (`model.reuse_limit` bytes at most),
                 and whether what the passed one kept is used: only what differs from it is computed again.
             fps, num_frames: frames per second of a video, and the most frames to take.
+            allow_markup: whether names of markup in the texts, such as `[UNUSED_TOKEN_145]` or `</s>`, count
+                as in the published code. By default they are plain text, and `<ImageHere>` counts in
+                questions only.
             generate_kwargs: anything `generate` accepts.
 
         Returns:
@@ -229,7 +230,16 @@ class ChatMixin:
         turns = check_turns(query, history)
         meta = system_text(self.config.version, use_meta, meta_instruction)
         prompt = plan_chat(
-            self.config, tokenizer, query, image, hd_num, turns, meta, fps=fps, num_frames=num_frames
+            self.config,
+            tokenizer,
+            query,
+            image,
+            hd_num,
+            turns,
+            meta,
+            allow_markup=allow_markup,
+            fps=fps,
+            num_frames=num_frames,
         )
         earlier = getattr(history, "prompt_cache", None)
         (sequence,), cache = self._answer([prompt], settings, earlier, keep=reuse)
@@ -249,6 +259,7 @@ class ChatMixin:
         meta_instruction: str | None = META_INSTRUCTION,
         fps: float = 1.0,
         num_frames: int = MAX_FRAMES,
+        allow_markup: bool = False,
         **settings,
     ) -> list[tuple[str, ChatHistory]]:
         """Answer several questions at once, each as `chat` would on its own, except for what sampling draws.
@@ -266,14 +277,23 @@ class ChatMixin:
         Raises:
             ValueError, TypeError, FileNotFoundError: anything wrong with the arguments, before any compute.
         """
-        settings = self._settings(tokenizer, **settings)
         check_batch(queries, images, histories, settings)
+        settings = self._settings(tokenizer, **settings)
         meta = system_text(self.config.version, use_meta, meta_instruction)
         nothing = [()] * len(queries)
         turns = [check_turns(*pair) for pair in zip(queries, histories or nothing, strict=True)]
         prompts = [
             plan_chat(
-                self.config, tokenizer, query, image, hd_num, earlier, meta, fps=fps, num_frames=num_frames
+                self.config,
+                tokenizer,
+                query,
+                image,
+                hd_num,
+                earlier,
+                meta,
+                allow_markup=allow_markup,
+                fps=fps,
+                num_frames=num_frames,
             )
             for query, image, earlier in zip(queries, images or nothing, turns, strict=True)
         ]
@@ -297,6 +317,7 @@ class ChatMixin:
         reuse: bool = True,
         fps: float = 1.0,
         num_frames: int = MAX_FRAMES,
+        allow_markup: bool = False,
         **settings,
     ) -> ChatStream:
         """Like `chat`, but returns an iterator of pieces of the answer, which has the `history` at the end.
@@ -319,7 +340,16 @@ class ChatMixin:
         turns = check_turns(query, history)
         meta = system_text(self.config.version, use_meta, meta_instruction)
         prompt = plan_chat(
-            self.config, tokenizer, query, image, hd_num, turns, meta, fps=fps, num_frames=num_frames
+            self.config,
+            tokenizer,
+            query,
+            image,
+            hd_num,
+            turns,
+            meta,
+            allow_markup=allow_markup,
+            fps=fps,
+            num_frames=num_frames,
         )
         earlier = getattr(history, "prompt_cache", None)
         return ChatStream(
@@ -356,11 +386,25 @@ class ChatMixin:
     # ---- prompts ----
 
     def build_inputs(
-        self, tokenizer, query: str, history: History = (), meta_instruction: str | None = ""
+        self,
+        tokenizer,
+        query: str,
+        history: History = (),
+        meta_instruction: str | None = "",
+        *,
+        allow_markup: bool = False,
     ) -> BatchEncoding:
-        """The published text-only prompt as (1, tokens) ids on the model's device, with BOS twice."""
-        prompt = format_prompt(query, history, meta_instruction)
-        return text_only_ids(tokenizer, prompt, return_tensors="pt").to(self.input_device)
+        """The published text-only prompt as (1, tokens) ids on the model's device, with BOS twice.
+
+        Raises:
+            ValueError, TypeError: anything wrong with the arguments.
+        """
+        turns = check_turns(query, history)
+        prompt = plan_chat(
+            self.config, tokenizer, query, None, None, turns, meta_instruction, allow_markup=allow_markup
+        )
+        ids = torch.tensor([prompt.ids], device=self.input_device)
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def prepare_chat(
         self,
@@ -370,6 +414,8 @@ class ChatMixin:
         hd_num: int | None = None,
         history: History = (),
         meta: str | None = "",
+        *,
+        allow_markup: bool = False,
     ) -> dict:
         """Everything `forward` needs for one prompt, fully checked but with nothing computed by the model.
 
@@ -379,7 +425,10 @@ class ChatMixin:
         Raises:
             ValueError, TypeError, FileNotFoundError: anything wrong with the arguments.
         """
-        prompt = plan_chat(self.config, tokenizer, query, image, hd_num, history, meta)
+        turns = check_turns(query, history)
+        prompt = plan_chat(
+            self.config, tokenizer, query, image, hd_num, turns, meta, allow_markup=allow_markup
+        )
         return batch_inputs(self.config, [prompt], font=self.font, device=self.input_device)
 
     # ---- settings ----
@@ -414,17 +463,10 @@ class ChatMixin:
             "pad_token_id": tokenizer.pad_token_id,
             **settings,
         }
+        if settings.get("stop_strings") is not None:
+            settings = {"tokenizer": tokenizer, **settings}
         self._check_settings(settings)
         return settings
-
-    def _check_settings(self, settings: dict) -> None:
-        """Raise `ValueError` or `TypeError` for what `generate` would reject only after the tower has run."""
-        check_infer_mode(settings["infer_mode"], self.config.text_config)
-        check_numbers(settings)
-        if settings.get("streamer") is not None and settings.get("num_beams", 1) > 1:
-            raise ValueError(
-                f"a streamer shows one answer as it grows, but num_beams is {settings['num_beams']}; use 1"
-            )
 
 
 def _answers_so_far(stream: ChatStream) -> Iterator[tuple[str, ChatHistory]]:
@@ -432,25 +474,6 @@ def _answers_so_far(stream: ChatStream) -> Iterator[tuple[str, ChatHistory]]:
         yield "", stream.history
         for _ in stream:
             yield stream.response, stream.history
-
-
-def check_numbers(settings: dict) -> None:
-    """Raise `TypeError` or `ValueError` for a number that `generate` can't use."""
-    for name in ("max_new_tokens", "num_beams"):
-        value = settings.get(name, 1)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} must be an int, not {value!r}")
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    for name in ("temperature", "top_p", "repetition_penalty"):
-        value = settings.get(name, 1.0)
-        if not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number, not {value!r}")
-        if not value > 0 or (name == "top_p" and value > 1):
-            limits = "above 0 and at most 1" if name == "top_p" else "above 0"
-            raise ValueError(
-                f"{name} must be {limits}, not {value}; do_sample=False picks the most likely tokens"
-            )
 
 
 def check_batch(
@@ -467,4 +490,8 @@ def check_batch(
         if len(values) != len(queries):
             raise ValueError(f"there are {len(queries)} queries but {len(values)} {name}; give one for each")
     if settings.get("streamer") is not None:
-        raise ValueError(f"a streamer shows one answer, but there are {len(queries)} queries; use chat")
+        beams = settings.get("num_beams", 1)
+        several = (
+            f"{len(queries)} queries" if beams == 1 else f"{len(queries)} queries and num_beams is {beams}"
+        )
+        raise ValueError(f"a streamer shows one answer, but there are {several}; use chat")

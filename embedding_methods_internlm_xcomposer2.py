@@ -21,6 +21,7 @@ from .prompt_internlm_xcomposer2 import (
     check_length,
     check_tokenizer,
     check_turns,
+    context_length,
     encode_prompt,
     format_prompt,
     place_images,
@@ -238,7 +239,8 @@ class EmbeddingMethodsMixin:
         tokenizer = self._own_tokenizer()
         history = check_turns(query, history)
         image = [] if image is None else image
-        prompt = plan_chat(self.config, tokenizer, query, image, hd_num, history, _as_text(meta_instruction))
+        meta = _as_text(meta_instruction)
+        prompt = plan_chat(self.config, tokenizer, query, image, hd_num, history, meta, allow_markup=True)
         num_tokens = len(prompt.ids)
         if max_length is not None and num_tokens > max_length:
             raise ValueError(
@@ -337,7 +339,7 @@ class EmbeddingMethodsMixin:
             version=self.config.version,
             image_token_id=self.config.image_token_id,
         )
-        check_length(len(prompt.ids), lengths, self.config)
+        check_length(len(prompt.ids), lengths, context_length(self.config))
         device = self.input_device
         im_mask = torch.tensor([prompt.is_image], dtype=torch.bool, device=device)
         return self._scatter(torch.tensor([prompt.ids], device=device), im_mask, features), im_mask

@@ -5,6 +5,7 @@ A prompt becomes an answer in these steps: `GenerateMixin._answer` asks `begin` 
 computed, `_generate_answer` embeds the rest, and transformers' `generate` runs the decoder on it.
 """
 
+import inspect
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,24 +32,16 @@ from .cache_internlm_xcomposer2 import (
     reusable_length,
     rotates_by_length,
 )
-from .configuration_internlm_xcomposer2 import check_infer_mode
-from .modeling_internlm2 import check_image_mask
-from .prompt_internlm_xcomposer2 import ChatPrompt, batch_inputs
-
-# Arguments with which `generate` needs its own kind of cache, or more of the prompt than its last token.
-LIBRARY_CACHE = (
-    "assistant_model",
-    "prompt_lookup_num_tokens",
-    CACHE,
-    "cache_implementation",
-    "custom_generate",
-    "prefill_chunk_size",
-    "output_attentions",
-    "output_hidden_states",
-    "guidance_scale",
-    "penalty_alpha",
-    "dola_layers",
-    "position_ids",
+from .modeling_internlm2 import check_ids, check_image_mask
+from .prompt_internlm_xcomposer2 import ChatPrompt, batch_inputs, check_length, context_length
+from .settings_internlm_xcomposer2 import (
+    as_list,
+    check_settings,
+    grows_in_place,
+    is_assisted,
+    num_copies,
+    setting,
+    takes_our_cache,
 )
 
 
@@ -79,6 +72,10 @@ class GenerateMixin:
     reuse_limit = 4 * 2**30
 
     # ---- prompts to answers ----
+
+    def _check_settings(self, settings: dict) -> None:
+        """Raise `TypeError` or `ValueError` for settings of an answer that `generate` could not use."""
+        check_settings(self, settings)
 
     @torch.no_grad()
     def _answer(
@@ -206,9 +203,11 @@ class GenerateMixin:
         `cache` or `past_key_values` in every release of transformers.
 
         Raises:
-            ValueError: pictures and prompt don't match, or the checkpoint lacks what `infer_mode` needs.
+            TypeError, ValueError: anything wrong with the arguments, before any compute: pictures that don't
+                match the prompt, a prompt longer than the context, settings that can't be used, or an
+                `infer_mode` whose adapter the checkpoint lacks.
         """
-        check_infer_mode(kwargs.get("infer_mode", "base"), self.config.text_config)
+        self._check_generate(inputs if input_ids is None else input_ids, inputs_embeds, args, kwargs)
         if (cache := pop_cache(kwargs)) is not None:
             kwargs[CACHE] = cache
         ids = inputs if input_ids is None else input_ids
@@ -232,6 +231,30 @@ class GenerateMixin:
             kwargs = self._with_our_cache(ids, kwargs)
         with same_draws(self):
             return super().generate(ids, *args, **kwargs)
+
+    def _check_generate(
+        self, ids: Tensor | None, inputs_embeds: Tensor | None, args: Sequence, kwargs: dict
+    ) -> None:
+        """Raise `TypeError` or `ValueError` for a prompt or for settings that can't be used."""
+        check_settings(self, {**(positional_settings(args)), **kwargs})
+        prompt = ids if inputs_embeds is None else inputs_embeds
+        if ids is not None:
+            check_ids(ids, self.config.text_config.vocab_size)
+        if inputs_embeds is not None and (
+            not isinstance(inputs_embeds, Tensor) or inputs_embeds.ndim != 3 or not inputs_embeds.numel()
+        ):
+            shape = tuple(getattr(inputs_embeds, "shape", ()))
+            raise ValueError(f"inputs_embeds must be (batch, tokens, hidden), not of the shape {shape}")
+        if prompt is None:
+            return
+        check_length(prompt.shape[1], (), context_length(self.config))
+        mask, cache = kwargs.get("attention_mask"), kwargs.get(CACHE)
+        lengths = {prompt.shape[1], prompt.shape[1] + (0 if cache is None else cache.get_seq_length())}
+        if mask is not None and (mask.shape[0] != len(prompt) or mask.shape[-1] not in lengths):
+            raise ValueError(
+                f"attention_mask has the shape {tuple(mask.shape)}, but the prompt "
+                f"{tuple(prompt.shape[:2])}; it needs one value per token"
+            )
 
     def _with_our_cache(self, ids: Tensor | None, kwargs: dict) -> dict:
         """`generate`'s arguments with a `GrowingCache`, unless they or the settings ask for another.
@@ -278,40 +301,7 @@ class GenerateMixin:
         return torch.full((batch, 1), bos, device=inputs_embeds.device), kwargs
 
 
-# ---- what `generate` would do with its arguments ----
-
-
-def setting(model: nn.Module, kwargs: dict, name: str):
-    """What `generate` would use for one of its arguments, `None` for its default."""
-    sources = (kwargs.get("generation_config"), model.generation_config)
-    values = (kwargs.get(name), *(getattr(source, name, None) for source in sources))
-    return next((value for value in values if value is not None), None)
-
-
-def num_copies(model: nn.Module, kwargs: dict) -> int:
-    """How many sequences `generate` makes of each prompt: beams, or samples."""
-    return max(setting(model, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
-
-
-def is_assisted(settings: dict) -> bool:
-    """Whether `generate` would guess tokens ahead, with these arguments."""
-    return any(settings.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens"))
-
-
-def grows_in_place(model: nn.Module, kwargs: dict) -> bool:
-    """Whether a `GrowingCache` can replace the library's default cache."""
-    if setting(model, kwargs, "use_cache") is False:
-        return False
-    return not any(
-        setting(model, kwargs, name) for name in (CACHE, "cache_implementation", "custom_generate")
-    )
-
-
-def takes_our_cache(model: nn.Module, kwargs: dict) -> bool:
-    """Whether `generate`, with these arguments, can continue from a cache that holds part of the prompt."""
-    if setting(model, kwargs, "use_cache") is False or setting(model, kwargs, "max_new_tokens") is None:
-        return False
-    return not any(setting(model, kwargs, name) for name in LIBRARY_CACHE)
+# ---- prompts that are copied ----
 
 
 def prefills_before_copies(model: nn.Module, kwargs: dict, prompt_length: int) -> bool:
@@ -372,6 +362,12 @@ def prefill_before_copies(model: nn.Module, begun: dict, attention_mask: Tensor 
         )
     cache.batch_repeat_interleave(num_copies(model, kwargs))
     return {CACHE: cache, "inputs_embeds": embeds[:, -1:], "im_mask": None}
+
+
+def positional_settings(args: Sequence) -> dict:
+    """The names of arguments that `generate` was given by position after its first."""
+    names = list(inspect.signature(GenerationMixin.generate).parameters)[2:]
+    return dict(zip(names, args, strict=False))
 
 
 # ---- sampling ----
@@ -463,8 +459,3 @@ class EndMarkFilter(BaseStreamer):
     def end(self) -> None:
         """No more tokens."""
         self.streamer.end()
-
-
-def as_list(ids: int | Sequence[int] | Tensor | None) -> list[int]:
-    """One id, several or none, in any form that `generate` accepts, as a list."""
-    return [] if ids is None else torch.as_tensor(ids).flatten().tolist()

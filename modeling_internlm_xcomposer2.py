@@ -69,7 +69,8 @@ from .image_processing_internlm_xcomposer2 import (
     tokens_of_grid,
 )
 from .ixc_utils import get_font
-from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_attention
+from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_attention, check_ids
+from .prompt_internlm_xcomposer2 import check_length, context_length
 from .quantization_internlm_xcomposer2 import (
     Packing,
     check_savable,
@@ -360,8 +361,10 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
             im_mask: where the image tokens are; by default, wherever `config.image_token_id` is.
 
         Raises:
-            ValueError: the numbers of places and of the pictures' tokens differ.
+            TypeError, ValueError: no ids of the vocabulary, or the numbers of places and of the pictures'
+                tokens differ.
         """
+        check_ids(input_ids, self.config.text_config.vocab_size)
         if pixel_values is None:
             return self.model.tok_embeddings(input_ids), None
         im_mask = (
@@ -402,12 +405,15 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
             for_loss: whether this is a training or evaluation batch, which every process runs alike.
 
         Raises:
-            ValueError: both or neither input, or pictures and prompt don't match.
+            TypeError, ValueError: both or neither input, too many tokens, or pictures and prompt don't match.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids, inputs_embeds and samples")
         if inputs_embeds is not None and pixel_values is not None:
             raise ValueError("inputs_embeds already hold the pictures; pass pixel_values with input_ids")
+        if kwargs.get("position_ids") is None:  # they can separate conversations that are packed into a row
+            tokens = input_ids if inputs_embeds is None else inputs_embeds
+            check_length(tokens.shape[1] if tokens.ndim > 1 else 0, (), context_length(self.config))
         if inputs_embeds is None:
             self._check_pictures_present(input_ids, pixel_values, im_mask, cache)
             inputs_embeds, found = self.embed_inputs(input_ids, pixel_values, image_grid_hw, im_mask)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TypedDict
 
 import numpy as np
@@ -24,14 +25,26 @@ from .ixc_utils import check_hd_num
 from .media_internlm_xcomposer2 import MAX_FRAMES, Medium
 from .prompt_internlm_xcomposer2 import (
     META_INSTRUCTION,
+    check_characters,
+    check_length,
+    context_length,
+    count_prompt,
     encode_prompt,
     format_turn,
     pair_media,
     place_images,
     read_messages,
+    said_in,
     split_conversations,
 )
-from .tokenization_internlm_xcomposer2 import END_OF_TURN, IMAGE_MARK, TURNS_TEMPLATE, VIDEO_MARK
+from .tokenization_internlm_xcomposer2 import (
+    END_OF_TURN,
+    IMAGE_MARK,
+    TURNS_TEMPLATE,
+    VIDEO_MARK,
+    check_markup_options,
+    markup_of,
+)
 
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Tensor
 
@@ -148,6 +161,8 @@ class InternLMXComposer2Processor(ProcessorMixin):
     Args:
         image_token_id: the vocabulary piece that stands for one image token.
         chat_template: a Jinja template, by default `default_template` of the version.
+        context_length: how many tokens the decoder reads; longer texts are an error. Without it,
+            only the model checks.
 
     Raises:
         ValueError: `image_token_id` is missing.
@@ -163,12 +178,14 @@ class InternLMXComposer2Processor(ProcessorMixin):
         tokenizer,
         image_token_id: int | None = None,
         chat_template: str | dict[str, str] | None = None,
+        context_length: int | None = None,
     ) -> None:
         if image_token_id is None:
             raise ValueError("image_token_id is missing: the vocabulary piece that stands for an image token")
         template = chat_template or default_template(image_processor.version)
         super().__init__(image_processor, tokenizer, chat_template=template)
         self.image_token_id = image_token_id
+        self.context_length = context_length
         self.auto_map = dict(PROCESSOR_AUTO_MAP)
 
     # ---- loading ----
@@ -176,7 +193,8 @@ class InternLMXComposer2Processor(ProcessorMixin):
     @classmethod
     def for_config(cls, config, tokenizer) -> "InternLMXComposer2Processor":
         """The processor of a checkpoint, by its configuration and its tokenizer."""
-        return cls(InternLMXComposer2ImageProcessor.for_config(config), tokenizer, config.image_token_id)
+        images = InternLMXComposer2ImageProcessor.for_config(config)
+        return cls(images, tokenizer, config.image_token_id, context_length=context_length(config))
 
     @classmethod
     def from_pretrained(
@@ -261,6 +279,8 @@ class InternLMXComposer2Processor(ProcessorMixin):
         return_dict: bool = False,
         load_audio_from_video: bool = False,
         processor_kwargs: dict | None = None,
+        allow_markup: bool = False,
+        sanitize_control_tokens: bool = False,
         **kwargs,
     ):
         """One conversation or several -> a text, ids, or with `return_dict` all inputs.
@@ -268,10 +288,13 @@ class InternLMXComposer2Processor(ProcessorMixin):
         Content is a text or a list of `{"type": "text", "text": ...}`, `{"type": "image", "image": ...}` and
         `{"type": "video", "video": ...}`, whose source may also be under `url`, `path` or `base64`, and of
         `image_url` and `video_url` as in OpenAI's API. Sound is never read, so `load_audio_from_video` has no
-        effect.
+        effect. What messages say is plain text: names of markup don't count in it, and `<ImageHere>` counts
+        in a user's turn only. (In a text of `tokenize=False`, U+FDD0 marks such names; `__call__` reads it.)
 
         Args:
             processor_kwargs: options of `__call__`; they may also be given as keywords.
+            allow_markup: whether names of markup count in all texts, as they did in the published code.
+            sanitize_control_tokens: whether `<ImageHere>` in a user's text is plain text too.
             kwargs: anything else is a variable of the template, such as `use_meta`.
 
         Raises:
@@ -279,19 +302,29 @@ class InternLMXComposer2Processor(ProcessorMixin):
         """
         if return_assistant_tokens_mask:
             raise ValueError("return_assistant_tokens_mask needs offsets, which sentencepiece doesn't have")
+        check_markup_options(allow_markup, sanitize_control_tokens, tokenize)
         conversations, is_batch = split_conversations(conversation)
+        for messages in conversations:
+            check_characters(self.tokenizer, said_in(messages), self.context_length)
         read = [read_messages(messages, need_sources=tokenize) for messages in conversations]
+        said = [messages for messages, _ in read]
+        if not allow_markup:
+            markup = markup_of(self.tokenizer)
+            said = [markup.hide_messages(each, with_marks=sanitize_control_tokens) for each in said]
+            hidden = (markup.hide_all(each, with_marks=True) for each in (tools, documents, kwargs))
+            tools, documents, kwargs = hidden
         names = OPTIONS | {*OPTION_GROUPS, "common_kwargs"}
         given = {name: kwargs.pop(name) for name in names & set(kwargs)}
         options = {**given, **(processor_kwargs or {}), "return_tensors": return_tensors}
         texts = self.tokenizer.apply_chat_template(
-            [messages for messages, _ in read],
+            said,
             chat_template=self._template(chat_template),
             tools=tools,
             documents=documents,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tokenize=False,
+            allow_markup=True,  # or already hidden
             **kwargs,
         )
         if not tokenize:
@@ -314,6 +347,8 @@ class InternLMXComposer2Processor(ProcessorMixin):
         text_options, sampling = options["text_kwargs"], options["videos_kwargs"]
         bos = self.tokenizer.bos_token
         bare = [text.removeprefix(bos) for text in texts]
+        for text in bare:
+            check_characters(self.tokenizer, [text], self.context_length)
         pieces = [
             place_images(text, len(row), version=self.version) for text, row in zip(bare, media, strict=True)
         ]
@@ -324,6 +359,8 @@ class InternLMXComposer2Processor(ProcessorMixin):
         lengths = [count_tokens(self.image_processor, *row) for row in zip(visuals, budgets, strict=True)]
         with_bos = [text_options["add_special_tokens"] or text.startswith(bos) for text in texts]
         rows = [self._encode(*row) for row in zip(pieces, lengths, with_bos, strict=True)]
+        for row, *counted in zip(rows, visuals, lengths, budgets, strict=True):
+            self._check_length(len(row), *counted)
         outputs = self._pad(rows, text_options)
         if any(visuals):
             outputs |= self._pixels(visuals, budgets)
@@ -350,6 +387,13 @@ class InternLMXComposer2Processor(ProcessorMixin):
                 f"{self.image_token} and leave the piece out"
             )
         return prompt.ids
+
+    def _check_length(self, num_tokens: int, visuals: list[Visual], lengths: list[int], hd_num: int) -> None:
+        """Raise `ValueError` for a row that is longer than the context, with what would fit."""
+        if self.context_length is not None:
+            num_text = num_tokens - sum(lengths)
+            count = partial(count_prompt, self.image_processor, num_text, visuals)
+            check_length(num_tokens, lengths, self.context_length, hd_num, count)
 
     def _pad(self, rows: list[list[int]], options: dict) -> dict[str, list[list[int]]]:
         """Rows of ids -> `input_ids` and `attention_mask` of one length."""

@@ -7,11 +7,11 @@ that answers a prompt, the model in this package or another engine, starts here.
 
 import re
 from bisect import bisect_right
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from transformers import BatchEncoding
 
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2Config
 from .image_processing_internlm_xcomposer2 import (
@@ -37,6 +37,9 @@ from .tokenization_internlm_xcomposer2 import (
     IMAGE_MARK,
     REWARD_MARK,
     VIDEO_MARK,
+    Markup,
+    encode_text,
+    markup_of,
 )
 
 # The published system text; 2.5 uses it only on request, 2 and 4KHD always.
@@ -60,6 +63,9 @@ MEDIA_PARTS = {
 
 ROLES = ("system", "user", "assistant")
 
+# Of a text with more characters for each token of the context, the beginning is counted first.
+CHARACTERS_PER_TOKEN = 8
+
 History = Sequence[tuple[str, str]]
 Conversation = Sequence[Mapping]
 
@@ -81,13 +87,27 @@ def format_turn(role: str, text: str) -> str:
 
 
 def format_prompt(
-    query: str, history: Sequence[tuple[str, str]] = (), meta_instruction: str | None = ""
+    query: str,
+    history: Sequence[tuple[str, str]] = (),
+    meta_instruction: str | None = "",
+    markup: Markup | None = None,
 ) -> str:
-    """System text (if any), earlier turns, the question, and the opening of the answer."""
-    parts = [format_turn("system", meta_instruction)] if meta_instruction else []
+    """System text (if any), earlier turns, the question, and the opening of the answer.
+
+    Args:
+        markup: what is plain text in them. By default nothing is: names of markup count as such.
+    """
+    turns = [("system", meta_instruction)] if meta_instruction else []
     for question, answer in history:
-        parts += [format_turn("user", question), format_turn("assistant", answer)]
-    return "".join([*parts, format_turn("user", query), f"{BEGIN_OF_TURN}assistant\n"])
+        turns += [("user", question), ("assistant", answer)]
+    parts = [format_said(role, text, markup) for role, text in [*turns, ("user", query)]]
+    return "".join([*parts, f"{BEGIN_OF_TURN}assistant\n"])
+
+
+def format_said(role: str, text: str, markup: Markup | None) -> str:
+    """A turn whose text is plain. A mark in it is an image in a user's turn, and else plain text too."""
+    hidden = text if markup is None else markup.hide(text, with_marks=role != "user")
+    return format_turn(role, hidden)
 
 
 def mark_pictures(questions: Sequence[str], counts: Sequence[int], *, version: str) -> list[str]:
@@ -163,7 +183,7 @@ def encode_prompt(
     for position, text in enumerate(texts):
         if text or position == 0:
             with_bos = position == 0 if version == "2.5" else bool(text)
-            piece = tokenizer(text, add_special_tokens=with_bos and add_bos)["input_ids"]
+            piece = encode_text(tokenizer, text, add_special_tokens=with_bos and add_bos)
             ids += piece
             is_image += [False] * len(piece)
         if position < len(image_lengths):
@@ -199,19 +219,53 @@ def context_length(config) -> int:
     return int(text.max_position_embeddings * text.rope_parameters.get("factor", 1.0))
 
 
-def check_length(num_tokens: int, image_lengths: list[int], config, hd_num: int = 1, count=None) -> None:
-    """Raise `ValueError` for a prompt longer than the context, with what would fit."""
-    limit = context_length(config)
+def check_length(
+    num_tokens: int,
+    image_lengths: Sequence[int],
+    limit: int,
+    hd_num: int = 1,
+    count: Callable[[int], int] | None = None,
+) -> None:
+    """Raise `ValueError` for a prompt longer than the context, with what would fit.
+
+    Args:
+        limit: how many tokens the context holds.
+        count: the number of tokens at a number of local tiles.
+    """
     if num_tokens <= limit:
         return
     remedy = "shorten the text or the history"
-    if image_lengths and count is not None and config.is_tiled:
+    if image_lengths and count is not None and count(1) != count(hd_num):
         fitting = bisect_right(range(1, hd_num), limit, key=count)  # the count grows with the budget
         remedy = f"hd_num={fitting} would fit" if fitting else "pass fewer pictures or frames, or less text"
     raise ValueError(
         f"the prompt has {num_tokens} tokens, {sum(image_lengths)} of them for "
         f"{len(image_lengths)} pictures, but the context holds {limit}; {remedy}"
     )
+
+
+def count_prompt(config, num_text: int, visuals: Sequence[Visual], hd_num: int) -> int:
+    """The tokens of a prompt: those of its text, and those of images in at most `hd_num` local tiles."""
+    return num_text + sum(count_tokens(config, visuals, hd_num))
+
+
+def check_characters(tokenizer, texts: Iterable[str], limit: int | None) -> None:
+    """Raise `ValueError` for texts that together are longer than `limit` tokens, however long they are.
+
+    Of a very long text only as much is encoded as is needed to know.
+    """
+    text = "".join(texts)
+    if limit is None:
+        return
+    size = CHARACTERS_PER_TOKEN * limit
+    while size < len(text):
+        num_tokens = len(encode_text(tokenizer, text[:size], add_special_tokens=False))
+        if num_tokens > limit:
+            raise ValueError(
+                f"the text has {len(text)} characters, the first {size} of them {num_tokens} tokens, but the "
+                f"context holds {limit}; shorten the text or the history"
+            )
+        size *= 2
 
 
 # ---- checked prompts ----
@@ -260,6 +314,7 @@ def plan_chat(
     *,
     fps: float = 1.0,
     num_frames: int = MAX_FRAMES,
+    allow_markup: bool = False,
 ) -> ChatPrompt:
     """A question with its pictures and earlier turns, fully checked; pictures are read, but not cut.
 
@@ -267,17 +322,21 @@ def plan_chat(
         image: pictures and videos as in `chat`; `None` for the published text-only form.
         hd_num: how many local tiles a picture may be cut into, `default_hd_num` by default.
         fps, num_frames: frames per second of a video, and the most frames to take.
+        allow_markup: whether names of markup in the texts count as such, and image marks in all of them.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: anything wrong with the arguments, or too long.
     """
     if hd_num is not None:
         check_hd_num(hd_num)
-    text = format_prompt(query, history, meta_instruction)
+    said = [meta_instruction or "", *(text for turn in history for text in turn), query]
+    check_characters(tokenizer, said, context_length(config))
+    markup = None if allow_markup else markup_of(tokenizer)
+    text = format_prompt(query, history, meta_instruction, markup)
     if image is None or (config.version != "2.5" and isinstance(image, list | tuple) and not image):
         place_images(text, 0, version=config.version)
-        ids = text_only_ids(tokenizer, text)["input_ids"][0]
-        check_length(len(ids), [], config)
+        ids = text_only_ids(tokenizer, text)
+        check_length(len(ids), [], context_length(config))
         return ChatPrompt(ids, [False] * len(ids), penalise_prompt=True)
     visuals = as_visuals(image, config, fps=fps, num_frames=num_frames)
     return _plan(config, tokenizer, text, visuals, hd_num, bos_rule=config.version)
@@ -291,7 +350,7 @@ def plan_conversation(
     hd_num: int | None = None,
     max_length: int | None = None,
 ) -> ChatPrompt:
-    """A conversation to be scored, planned as `plan_chat` plans a question.
+    """A conversation to be scored, planned as `plan_chat` plans a question. Its texts are plain.
 
     Args:
         messages: dicts of `role` and `content`, the last of them an answer.
@@ -303,7 +362,8 @@ def plan_conversation(
     """
     if hd_num is not None:
         check_hd_num(hd_num)
-    text, media = format_conversation(messages)
+    check_characters(tokenizer, said_in(messages), context_length(config))
+    text, media = format_conversation(messages, markup_of(tokenizer))
     text += f"{tokenizer.eos_token}{reward_mark(tokenizer)}"
     # One BOS, as in the training of every version.
     prompt = _plan(config, tokenizer, text, _visuals_of(media, image, config), hd_num, bos_rule="2.5")
@@ -329,14 +389,8 @@ def _plan(
     hd_num = default_hd_num(config, len(visuals)) if hd_num is None else hd_num
     texts = place_images(text, len(visuals), version=config.version)
     prompt = join_prompt(config, tokenizer, texts, visuals, hd_num, bos_rule=bos_rule)
-    num_text = len(prompt.ids) - sum(prompt.lengths)
-    check_length(
-        len(prompt.ids),
-        list(prompt.lengths),
-        config,
-        hd_num,
-        count=lambda budget: num_text + sum(count_tokens(config, visuals, budget)),
-    )
+    count = partial(count_prompt, config, len(prompt.ids) - sum(prompt.lengths), visuals)
+    check_length(len(prompt.ids), prompt.lengths, context_length(config), hd_num, count)
     return prompt
 
 
@@ -361,9 +415,9 @@ def join_prompt(
     return ChatPrompt(prompt.ids, prompt.is_image, tuple(visuals), tuple(lengths), hd_num)
 
 
-def text_only_ids(tokenizer, prompt: str, **kwargs) -> BatchEncoding:
-    """The published text-only form of a prompt, with BOS twice: (1, tokens) ids and mask."""
-    return tokenizer([f"{tokenizer.bos_token}{prompt}"], **kwargs)
+def text_only_ids(tokenizer, prompt: str) -> list[int]:
+    """The ids of the published text-only form of a prompt, with BOS twice."""
+    return encode_text(tokenizer, f"{tokenizer.bos_token}{prompt}", add_special_tokens=True)
 
 
 def batch_inputs(
@@ -447,12 +501,13 @@ def check_tokenizer(config: InternLMXcomposer2Config, tokenizer) -> None:
 # ---- conversations to be scored ----
 
 
-def format_conversation(messages: Conversation) -> tuple[str, list[Medium]]:
+def format_conversation(messages: Conversation, markup: Markup | None = None) -> tuple[str, list[Medium]]:
     """A conversation that ends with the answer to be scored -> its turns as text, and media in its content.
 
     Args:
         messages: dicts of `role` and `content`, a text or a list of parts as in a chat template; a picture
             that is passed separately is `<ImageHere>` or `{"type": "image"}` there.
+        markup: as in `format_prompt`.
 
     Raises:
         TypeError, ValueError: no messages, an unknown role, or the last message is not an answer.
@@ -467,8 +522,19 @@ def format_conversation(messages: Conversation) -> tuple[str, list[Medium]]:
             f"the last message is from {rendered[-1]['role']!r}; it must be the answer to be scored, from "
             "'assistant'"
         )
+    if markup is not None:
+        rendered = markup.hide_messages(rendered)
     turns = [format_turn(message["role"], _text_of(message["content"])) for message in rendered]
     return "".join(turns), media
+
+
+def said_in(messages: Conversation) -> Iterator[str]:
+    """The texts of messages, checked or not."""
+    for message in messages if isinstance(messages, list | tuple) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        parts = content if isinstance(content, list | tuple) else [{"text": content}]
+        texts = (part.get("text") for part in parts if isinstance(part, Mapping))
+        yield from (text for text in texts if isinstance(text, str))
 
 
 def _text_of(content: str | list[dict]) -> str:

@@ -6,11 +6,15 @@ checkpoint, whose ids differ. So there are no ids in this file: every piece is l
 
 The markup of turns, which is defined only here, consists of ordinary pieces. sentencepiece matches them
 whole, decoding shows them, and `skip_special_tokens` leaves them in; only `<s>`, `</s>` and `<unk>` are
-special.
+special. What somebody says may contain their names: `Markup.hide` marks them, so that they are read as the
+characters that they are.
 """
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from shutil import copyfile
@@ -27,6 +31,11 @@ VIDEO_MARK = "<VideoHere>"
 # What follows a conversation that is to be scored.
 REWARD_MARK = "[UNUSED_TOKEN_130]"
 SPECIAL_PIECES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+# Pieces of the published vocabularies that stand for no text; some of them are markup.
+_UNUSED_PIECES = r"\[UNUSED_TOKEN_\d+\]|<TOKENS_UNUSED_\d+>"
+_LONGEST_UNUSED = 24
+# Goes after the first character of a name that is plain text. Unicode has no character here, nor ever will.
+CUT = "\ufdd0"
 
 TURNS_TEMPLATE = (
     "{%- for message in messages %}"
@@ -51,6 +60,145 @@ TURNS_TEMPLATE = (
     "{%- endif %}"
 )
 CHAT_TEMPLATE = "{{- bos_token }}" + TURNS_TEMPLATE
+
+
+# ---- what somebody says ----
+
+
+@dataclass(frozen=True)
+class Markup:
+    """The names that a vocabulary reads as markup, and how a text keeps them as plain text.
+
+    Attributes:
+        pieces: matches names of pieces: turns, special tokens and tokens added later.
+        marks: matches those, and the marks of pictures and videos.
+        longest: the number of characters of the longest name.
+    """
+
+    pieces: re.Pattern
+    marks: re.Pattern
+    longest: int
+
+    def hide(self, text: str, *, with_marks: bool = False) -> str:
+        """A text in which all names are plain text: `CUT` is after the first character of each.
+
+        Args:
+            with_marks: whether the marks of pictures and videos are hidden too.
+        """
+        pattern = self.marks if with_marks else self.pieces
+        while pattern.search(text):  # again for names that begin in another
+            text = pattern.sub(lambda found: found[0][0] + CUT + found[0][1:], text)
+        return text
+
+    def hide_all(self, value: object, *, with_marks: bool = False) -> object:
+        """Lists and mappings with `hide` applied to each text in them, except for the keys."""
+        if isinstance(value, str):
+            return self.hide(value, with_marks=with_marks)
+        value = _without_class(value)
+        if isinstance(value, Mapping):
+            return {name: self.hide_all(item, with_marks=with_marks) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.hide_all(item, with_marks=with_marks) for item in value]
+        return value
+
+    def hide_messages(self, messages: Sequence, *, with_marks: bool = False) -> list:
+        """Messages in which all that is said is plain text. Marks of pictures count in a user's turn only.
+
+        Args:
+            with_marks: whether they don't count there either.
+        """
+        hidden = []
+        for message in map(_without_class, messages):
+            if not isinstance(message, Mapping):
+                hidden.append(message)
+                continue
+            marks = with_marks or message.get("role") != "user"
+            content = message.get("content")
+            parts = list(map(_without_class, content)) if isinstance(content, list | tuple) else content
+            message = {**message, "content": self._hide_parts(parts, marks)} if parts else message
+            hidden.append(self.hide_all(message, with_marks=marks))
+        return hidden
+
+    def _hide_parts(self, parts: object, with_marks: bool) -> object:
+        """Parts of a message in which no name is spread over several texts, because a template joins them."""
+        if not isinstance(parts, list):
+            return parts
+        texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+        places = [place for place, text in enumerate(texts) if isinstance(text, str)]
+        parts = list(parts)
+        hidden = self.hide("".join(texts[place] for place in places), with_marks=with_marks)
+        start = 0
+        for place in places:
+            stop = len(hidden) if place == places[-1] else _end_in(hidden, start, texts[place])
+            parts[place] = {**parts[place], "text": hidden[start:stop]}
+            start = stop
+        return parts
+
+    def chunks(self, text: str) -> list[str]:
+        """A text without the `CUT`s of `hide`: each chunk is encoded on its own, and they form no names."""
+        parts, start = [], 0
+        for found in re.finditer(CUT, text):
+            first, second = found.span()
+            following = text[second : second + 2 * self.longest].replace(CUT, "")
+            if first > start and self.marks.match(text[first - 1] + following):
+                parts.append(text[start:first])
+                start = second
+        return [*parts, text[start:]]
+
+
+def _end_in(hidden: str, start: int, text: str) -> int:
+    """Where a text ends that begins at `start` of a hidden one."""
+    if hidden.startswith(text, start) and hidden[start + len(text) : start + len(text) + 1] != CUT:
+        return start + len(text)
+    position = start
+    for character in text:
+        position += 1 + (hidden[position : position + 1] != character)  # over a `CUT` that `hide` put there
+    return position + (hidden[position : position + 1] == CUT)
+
+
+def _without_class(value: object) -> object:
+    """A message, or a part of one, as a mapping: transformers takes dataclasses and pydantic models too."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return value.model_dump() if hasattr(value, "model_dump") else value
+
+
+def markup_of(tokenizer) -> Markup:
+    """The names that a tokenizer reads as markup, of any class."""
+    names = {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens, *SPECIAL_PIECES.values()}
+    return _markup(tuple(sorted(name for name in names if len(name) > 1)))
+
+
+@lru_cache(maxsize=16)
+def _markup(names: tuple[str, ...]) -> Markup:
+    longest = max(_LONGEST_UNUSED, *map(len, names))
+    marks = re.escape(IMAGE_MARK), re.escape(VIDEO_MARK)
+    pieces = [*map(re.escape, sorted(names, key=len, reverse=True)), _UNUSED_PIECES]
+    return Markup(re.compile("|".join(pieces)), re.compile("|".join((*marks, *pieces))), longest)
+
+
+def encode_text(tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """The ids of a text, in which names that `Markup.hide` marked are plain text.
+
+    Raises ValueError for half of a surrogate pair, which is no character.
+    """
+    check_characters_exist(text)
+    first, *others = markup_of(tokenizer).chunks(text) if CUT in text else [text]
+    ids = list(tokenizer(first, add_special_tokens=add_special_tokens)["input_ids"])
+    for chunk in others:
+        ids += tokenizer(chunk, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def check_characters_exist(text: str) -> None:
+    """Raise `ValueError` for half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start} of the text, {text[error.start]!r}, is half of a surrogate pair; "
+            "remove it, or decode the text's source with errors='replace'"
+        ) from None
 
 
 class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
@@ -139,8 +287,51 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
             self._stream_decoder = _decoder(self.get_vocab(), [*self.all_special_tokens, END_OF_TURN])
         return self._stream_decoder
 
+    def apply_chat_template(
+        self,
+        conversation: Sequence,
+        tools: list | None = None,
+        documents: list[dict] | None = None,
+        chat_template: str | None = None,
+        *args,
+        tokenize: bool = True,
+        allow_markup: bool = False,
+        sanitize_control_tokens: bool = False,
+        **kwargs,
+    ):
+        """As in transformers, but what messages, tools and documents say is plain text.
+
+        A text (`tokenize=False`) has U+FDD0 after the first character of each name of markup in it, where
+        this tokenizer reads the name as its characters.
+
+        Args:
+            allow_markup: whether markup in them counts, as it did in the published code.
+            sanitize_control_tokens: whether `<ImageHere>` in a user's text is plain text too.
+
+        Raises:
+            ValueError: as in transformers, and for both options at once.
+        """
+        check_markup_options(allow_markup, sanitize_control_tokens, tokenize)
+        if not allow_markup:
+            conversation, hide = self._hide(conversation, sanitize_control_tokens)
+            tools, documents, kwargs = map(hide, (tools, documents, kwargs))
+        return super().apply_chat_template(
+            conversation, tools, documents, chat_template, *args, tokenize=tokenize, **kwargs
+        )
+
+    def _hide(self, conversation: Sequence, with_marks: bool) -> tuple[list, Callable]:
+        """One conversation or several with plain text, and what makes other values plain."""
+        markup = markup_of(self)
+        hide = partial(markup.hide_all, with_marks=True)
+        conversation = getattr(conversation, "messages", conversation)
+        rows = [getattr(item, "messages", item) for item in conversation]
+        if rows and all(isinstance(row, list | tuple) for row in rows):
+            return [markup.hide_messages(row, with_marks=with_marks) for row in rows], hide
+        return markup.hide_messages(conversation, with_marks=with_marks), hide
+
     def _tokenize(self, text: str, **kwargs) -> list[str]:
-        return self.sp_model.encode(text, out_type=str)
+        chunks = markup_of(self).chunks(text) if CUT in text else [text]
+        return [piece for chunk in chunks for piece in self.sp_model.encode(chunk, out_type=str)]
 
     def _convert_token_to_id(self, token: str) -> int:
         return self.sp_model.piece_to_id(token)
@@ -207,6 +398,16 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
         elif os.path.abspath(self.vocab_file) != os.path.abspath(target):
             copyfile(self.vocab_file, target)
         return (target,)
+
+
+def check_markup_options(allow_markup: bool, sanitize_control_tokens: bool, tokenize: bool) -> None:
+    """Raise `ValueError` for options of a chat template that exclude each other."""
+    if not sanitize_control_tokens:
+        return
+    if allow_markup:
+        raise ValueError("allow_markup keeps markup and sanitize_control_tokens makes it text; pass one")
+    if not tokenize:
+        raise ValueError("sanitize_control_tokens=True needs tokenize=True")
 
 
 def _decoder(vocabulary: dict[str, int], special: list[str]) -> Tokenizer:

@@ -20,7 +20,7 @@ from .prompt_internlm_xcomposer2 import (
     stop_token_ids,
     system_text,
 )
-from .tokenization_internlm_xcomposer2 import BEGIN_OF_TURN, END_OF_TURN, IMAGE_MARK
+from .tokenization_internlm_xcomposer2 import BEGIN_OF_TURN, END_OF_TURN, markup_of
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +78,8 @@ def takes_arguments_of(method: Callable, **defaults: object) -> Callable[[Callab
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             named = dict(bound.arguments)
-            return decorated(**{**named, **named.pop("kwargs")})
+            others = named.pop("kwargs")
+            return decorated(**named, **others)
 
         call.__signature__ = signature
         return call
@@ -121,7 +122,8 @@ class WritingMixin:
             max_length: prompt and answer together, in tokens; `max_new_tokens` can shorten the answer.
             seed: the same seed gives the same text, and leaves the caller's random state as it was; with -1,
                 sampling uses the generators as they are.
-            kwargs: `tokenizer`, `infer_mode` and `meta_instruction`, and anything that `generate` accepts.
+            kwargs: `tokenizer`, `infer_mode`, `meta_instruction` and `allow_markup` as in `chat`, and
+                anything that `generate` accepts.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: anything wrong with the arguments, before any compute.
@@ -176,8 +178,8 @@ class WritingMixin:
             image_links: `"picsum"`, `"placehold"` or `"keep"`: where links to random pictures lead.
             output_dir: where the file goes, the working directory by default.
             save: whether to write a file at all.
-            kwargs: `hd_num` (24 by default), `tokenizer`, `infer_mode` and `meta_instruction`, and anything
-                that `generate` accepts.
+            kwargs: `hd_num` (24 by default), `tokenizer`, `infer_mode`, `meta_instruction` and
+                `allow_markup` as in `chat`, and anything that `generate` accepts.
 
         Raises:
             ValueError, TypeError, OSError: anything wrong with the arguments or the directory, before any
@@ -217,7 +219,9 @@ class WritingMixin:
         settings |= {"image_links": "keep", "save": False}
         html = self.write_webpage(f"{PERSONAL_PAGE_PROMPT}{read_resume(inst)}", image, **settings)
         # The answer is text, even if it happens to contain the mark of a picture.
-        answer = self.write_webpage(f"{JAVASCRIPT_PROMPT}{html.replace(IMAGE_MARK, '')}", **settings)
+        tokenizer = settings.get("tokenizer") or self.tokenizer
+        said = markup_of(tokenizer).hide(html, with_marks=True)
+        answer = self.write_webpage(f"{JAVASCRIPT_PROMPT}{said}", **settings)
         return _finish_page(merge_scripts(html, answer), image_links, path)
 
     @takes_arguments_of(write_webpage, task="Screenshot-to-Webpage")
@@ -251,6 +255,7 @@ class WritingMixin:
         hd_num: int | None = None,
         tokenizer=None,
         meta_instruction: str | None = META_INSTRUCTION,
+        allow_markup: bool = False,
         **generate_kwargs,
     ) -> str:
         """The answer to one turn, without markup."""
@@ -266,6 +271,8 @@ class WritingMixin:
             "max_new_tokens": max_new_tokens,
             **generate_kwargs,
         }
+        if settings.get("stop_strings") is not None:
+            settings["tokenizer"] = tokenizer
         self._check_settings(settings)
         prompt = plan_chat(
             self.config,
@@ -274,6 +281,7 @@ class WritingMixin:
             [] if image is None else image,
             WRITING_TILES if hd_num is None else hd_num,
             meta_instruction=system_text(self.config.version, bool(use_meta), meta_instruction),
+            allow_markup=allow_markup,
         )
         if max_length is not None:
             settings["max_new_tokens"] = answer_budget(len(prompt.ids), max_length, max_new_tokens)
