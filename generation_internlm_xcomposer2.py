@@ -6,12 +6,13 @@ computed, `_generate_answer` embeds the rest, and transformers' `generate` runs 
 """
 
 import inspect
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     GenerationMixin,
     LogitsProcessor,
@@ -236,7 +237,10 @@ class GenerateMixin:
         self, ids: Tensor | None, inputs_embeds: Tensor | None, args: Sequence, kwargs: dict
     ) -> None:
         """Raise `TypeError` or `ValueError` for a prompt or for settings that can't be used."""
-        check_settings(self, {**(positional_settings(args)), **kwargs})
+        settings = {**positional_settings(args), **kwargs}
+        if ids is None and isinstance(settings.get("max_length"), int):
+            del settings["max_length"]  # clients of the published code pass any number
+        check_settings(self, settings)
         prompt = ids if inputs_embeds is None else inputs_embeds
         if ids is not None:
             check_ids(ids, self.config.text_config.vocab_size)
@@ -373,6 +377,39 @@ def positional_settings(args: Sequence) -> dict:
 # ---- sampling ----
 
 
+# What draws random numbers, from a generator if one is passed.
+_DRAWS = {torch.multinomial, torch.rand, torch.randn, torch.randint, torch.bernoulli}
+_DRAWS |= {Tensor.multinomial, Tensor.uniform_, Tensor.exponential_, Tensor.normal_, Tensor.random_}
+
+
+class SeededDraws(TorchFunctionMode):
+    """Within it, this thread draws random numbers from generators of its own, which start at a seed.
+
+    The generators that all threads share are neither used nor changed, so other threads may sample too.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed, self._generators = seed, {}
+
+    def __torch_function__(self, function: Callable, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function in _DRAWS and kwargs.get("generator") is None:
+            kwargs["generator"] = self._generator(_device_of(args, kwargs))
+        return function(*args, **kwargs)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+
+def _device_of(args: Sequence, kwargs: dict) -> torch.device:
+    """Where an operation draws: on the device of its tensor, or on the one that it is asked for."""
+    tensor = next((value for value in args if isinstance(value, Tensor)), None)
+    return tensor.device if tensor is not None else torch.device(kwargs.get("device") or "cpu")
+
+
 @contextmanager
 def same_draws(model: nn.Module) -> Iterator[None]:
     """Make all processes that share a model sample the same tokens, whatever their own random states.
@@ -383,12 +420,11 @@ def same_draws(model: nn.Module) -> Iterator[None]:
     if model.num_processes == 1:
         yield
         return
-    mesh, device = model.output.weight.device_mesh, model.input_device
+    mesh = model.output.weight.device_mesh
     group = mesh.get_group("tp") if "tp" in (mesh.mesh_dim_names or ()) else mesh.get_group()
-    seed = torch.randint(2**63 - 1, (1,)).to(device)
+    seed = torch.randint(2**63 - 1, (1,)).to(model.input_device)
     torch.distributed.broadcast(seed, group=group, group_src=0)
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(int(seed))
+    with SeededDraws(int(seed)):
         yield
 
 

@@ -329,7 +329,8 @@ def plan_chat(
     """
     if hd_num is not None:
         check_hd_num(hd_num)
-    said = [meta_instruction or "", *(text for turn in history for text in turn), query]
+    meta_instruction = str(meta_instruction or "")  # some clients pass a tuple, because of a stray comma
+    said = [meta_instruction, *(text for turn in history for text in turn), query]
     check_characters(tokenizer, said, context_length(config))
     markup = None if allow_markup else markup_of(tokenizer)
     text = format_prompt(query, history, meta_instruction, markup)

@@ -7,12 +7,13 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
+from .generation_internlm_xcomposer2 import SeededDraws
 from .prompt_internlm_xcomposer2 import (
     META_INSTRUCTION,
     check_tokenizer,
@@ -120,8 +121,8 @@ class WritingMixin:
             hd_num: how many local tiles a picture may be cut into, 24 by default.
             history: ignored, with a warning.
             max_length: prompt and answer together, in tokens; `max_new_tokens` can shorten the answer.
-            seed: the same seed gives the same text, and leaves the caller's random state as it was; with -1,
-                sampling uses the generators as they are.
+            seed: the same seed gives the same text, whatever other threads do, and leaves the random state
+                as it was; with -1, sampling draws from the generators that all threads share.
             kwargs: `tokenizer`, `infer_mode`, `meta_instruction` and `allow_markup` as in `chat`, and
                 anything that `generate` accepts.
 
@@ -317,34 +318,9 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be {NO_SEED} for none, or in 0..{2**32 - 1}, not {seed}")
 
 
-@contextlib.contextmanager
-def seeded_generators(seed: int) -> Iterator[None]:
-    """Seed the torch generators that sampling draws from, and restore their states afterwards."""
-    if seed == NO_SEED:
-        yield
-        return
-    with torch.random.fork_rng(devices=()), _seeded_accelerator(seed):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-@contextlib.contextmanager
-def _seeded_accelerator(seed: int) -> Iterator[None]:
-    """The accelerator's part, if one is in use: seeding an unused one would take effect after the call."""
-    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    module = torch.get_device_module(kind)
-    if kind == "cpu" or not getattr(module, "is_initialized", lambda: True)():
-        yield
-        return
-    # MPS has one generator, reached without an index.
-    places = [()] if kind == "mps" else [(index,) for index in range(module.device_count())]
-    states = [module.get_rng_state(*place) for place in places]
-    try:
-        (module.manual_seed if kind == "mps" else module.manual_seed_all)(seed)
-        yield
-    finally:
-        for place, state in zip(places, states, strict=True):
-            module.set_rng_state(state, *place)
+def seeded_generators(seed: int) -> contextlib.AbstractContextManager:
+    """Within it, this thread samples from generators of its own that start at a seed; with -1, as ever."""
+    return contextlib.nullcontext() if seed == NO_SEED else SeededDraws(seed)
 
 
 def _plan_page(task: str, image_links: str, output_dir: str | os.PathLike | None, save: bool) -> Path | None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -305,6 +306,23 @@ def test_one_seed_one_text(writer):
     texts = {write(-1), write(-1)}
     assert len(texts) == 2
     assert random_states() != before
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_threads_with_seeds_write_as_one_alone(writer, beams):
+    def write(seed: int) -> str:
+        return writer.write_article("red", max_new_tokens=12, seed=seed, num_beams=beams)
+
+    def chat(_: int) -> str:
+        return writer.chat(writer.tokenizer, "red", max_new_tokens=12)[0]
+
+    alone = [write(seed) for seed in range(8)]
+    assert len(set(alone)) > 4
+    with ThreadPoolExecutor(8) as threads:
+        others = [threads.submit(chat, seed) for seed in range(8)]
+        assert list(threads.map(write, range(8))) == alone
+        assert list(threads.map(write, range(7, -1, -1))) == alone[::-1]
+    assert len({other.result() for other in others}) > 4
 
 
 def test_tiles_and_pictures(writer, seen):
