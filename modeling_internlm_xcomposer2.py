@@ -411,6 +411,8 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
             raise ValueError("pass exactly one of input_ids, inputs_embeds and samples")
         if inputs_embeds is not None and pixel_values is not None:
             raise ValueError("inputs_embeds already hold the pictures; pass pixel_values with input_ids")
+        if input_ids is not None:
+            check_ids(input_ids, self.config.text_config.vocab_size)
         if kwargs.get("position_ids") is None:  # they can separate conversations that are packed into a row
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             check_length(tokens.shape[1] if tokens.ndim > 1 else 0, (), context_length(self.config))

@@ -86,6 +86,7 @@ FLAGS = (
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 LISTS_OF_IDS = ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 
+DEFAULT_TOP_K = 50  # of transformers
 # Ways to generate that transformers fetches from the Hub.
 FETCHED_MODES = (
     GenerationMode.CONTRASTIVE_SEARCH,
@@ -129,6 +130,7 @@ def check_settings(model: nn.Module, settings: Mapping[str, object]) -> None:
     config = _generation_config(model, settings)
     if config.stop_strings is not None and settings.get("tokenizer") is None:
         raise ValueError("stop_strings need the tokenizer; pass tokenizer= too")
+    config.top_k = DEFAULT_TOP_K if config.top_k is None else config.top_k
     mode = config.get_generation_mode(settings.get("assistant_model"))
     if mode in FETCHED_MODES and not settings.get("custom_generate"):
         raise ValueError(f"{mode.value} is no longer part of transformers; pass it as custom_generate")
