@@ -183,6 +183,8 @@ class GrowingCache(Cache):
 
 # ---- what is kept across turns ----
 
+# A token's id, and its place in a list.
+TOKEN_BYTES = 40
 # What changes the output of peft's wrappers without changing a weight's version.
 ADAPTER_STATE = ("merged_adapters", "active_adapters", "disable_adapters")
 
@@ -203,8 +205,10 @@ class PromptCache:
 
     @property
     def nbytes(self) -> int:
-        """Size of keys and values in bytes."""
-        return sum(tensor.numel() * tensor.element_size() for layer in self.layers for tensor in layer)
+        """What is kept, in bytes: the storage of keys and values, and the tokens."""
+        storages = [tensor.untyped_storage() for layer in self.layers for tensor in layer]
+        held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return sum(held.values()) + TOKEN_BYTES * len(self.tokens)
 
     def shared_length(self, tokens: Sequence[Hashable], origin: Hashable) -> int:
         """How many leading tokens of another prompt are the same as these."""
@@ -309,15 +313,17 @@ def capture(
     """The first `length` tokens of a cache's first row, or as many as fit in `limit` bytes."""
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     per_token = sum(t.shape[1] * t.shape[3] * t.element_size() for layer in layers for t in layer)
+    per_token += TOKEN_BYTES
     length = min(length, cache.get_seq_length(), len(tokens), limit // per_token)
     if length < 1:
         return None
-    kept = [tuple(_first_row(tensor, length) for tensor in layer) for layer in layers]
+    slack = 1.25 if 1.25 * per_token * length <= limit else 1.0
+    kept = [tuple(_first_row(tensor, length, slack) for tensor in layer) for layer in layers]
     return PromptCache(tokens[:length], kept, origin)
 
 
-def _first_row(tensor: Tensor, length: int) -> Tensor:
-    """(rows, heads, tokens, d) -> (1, heads, length, d), copied if a view would keep much more alive."""
+def _first_row(tensor: Tensor, length: int, slack: float) -> Tensor:
+    """(rows, heads, tokens, d) -> (1, heads, length, d), copied if a view keeps `slack` times as much."""
     row = tensor[:1, :, :length]
     held = tensor.untyped_storage().nbytes()
-    return row if held <= 1.25 * row.numel() * row.element_size() else row.clone()
+    return row if held <= slack * row.numel() * row.element_size() else row.clone()

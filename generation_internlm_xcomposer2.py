@@ -67,7 +67,8 @@ class GenerateMixin:
     """`generate`, what it calls at each step, and answers to prompts. Goes before transformers' own mixin.
 
     Attributes:
-        reuse_limit: how many bytes of keys and values the history that `chat` returns may keep; 0 for none.
+        reuse_limit: how many bytes the history that `chat` returns may keep, of keys, values and the tokens
+            that they belong to; 0 for none.
     """
 
     reuse_limit = 4 * 2**30
