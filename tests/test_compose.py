@@ -2,8 +2,20 @@
 
 import numpy as np
 import pytest
+import torch
 from helpers import golden_directory, read_json, tiny_model
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
+from internlm_xcomposer2.article_internlm_xcomposer2 import Article, Candidate, Paragraph, Picture
+from internlm_xcomposer2.compose_internlm_xcomposer2 import LetterScores, letter_ids
+from internlm_xcomposer2.compose_prompts_internlm_xcomposer2 import (
+    check_spots,
+    fill_spots,
+    read_caption,
+    read_choice,
+    read_spots,
+    split_article,
+)
+from internlm_xcomposer2.prompt_internlm_xcomposer2 import batch_inputs
 from PIL import Image
 
 ADAPTERS = {"sft": 3, "dpo": 2, "web": 4}
@@ -112,3 +124,356 @@ def test_edits_as_recorded(composing, run):
         place = int(index) + (action == "insert a paragraph after")
         assert edited.lines[place] == "one two"
         assert len(edited.lines) == len(article.lines) + (action in ACTIONS)
+
+
+# ---- answers ----
+
+
+@pytest.mark.parametrize(
+    ("answer", "spots"),
+    [
+        ("适合插入图像的行是<Seg0>, <Seg2>。", [0, 2]),
+        ("<Seg7><Seg1> and <Seg1>, <Seg99>", [1, 7]),
+        ("<Seg3>, <Seg2>, <Seg1>, <Seg0>", [1, 2, 3]),
+        ("<Seg>, <Seg-1>, <seg1>, Seg2, <Seg" + "9" * 5000 + ">", []),
+        ("", []),
+    ],
+)
+def test_spots_are_lines_in_order(answer, spots):
+    assert check_spots(read_spots(answer), num_lines=8, most=3) == spots
+
+
+def test_spots_that_are_added_lie_far_apart():
+    assert fill_spots([4], 10, 3) == [0, 4, 9]
+    assert fill_spots([], 5, 2) == [0, 4]
+    assert fill_spots([1, 2], 5, 2) == [1, 2]
+    assert fill_spots([0], 3, 9) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("answer", "first", "last"),
+    [
+        ('a "b" c"</output>', "a", 'a "b" c'),
+        (' a"', "a", " a"),
+        ("a", "a", ""),
+        ('"', "", ""),
+        ("", "", ""),
+    ],
+)
+def test_where_a_caption_ends(answer, first, last):
+    assert read_caption(answer, "first") == first
+    assert read_caption(answer, "last") == last
+
+
+@pytest.mark.parametrize(
+    ("answer", "choice"),
+    [
+        ("C", 2),
+        (" B", 1),
+        (":D", 3),
+        ("：B。", 1),
+        ("AB", 0),
+        ("the best is C.", 2),
+        ("最好的是B", 1),
+        ("Cats", 2),
+        ("E", 0),
+        ("b", 0),
+        ("Fit: D", 3),
+        ("", 0),
+    ],
+)
+def test_which_candidate_an_answer_names(answer, choice):
+    assert read_choice(answer, 4) == choice
+
+
+def test_lines_of_an_article():
+    assert split_article("\n a\n\n \t b \nc\n") == ["a", "b ", "c"]
+    assert split_article(" \n ") == []
+    assert len(split_article("a\n" * 100)) == 60
+
+
+# ---- guards ----
+
+
+def test_answers_that_make_no_sense(composing):
+    model = composing()
+    answers = ["one\ntwo\nthree", "<Seg9> <Seg2> <Seg2> <Seg0>", '"', "no quotation mark", "Z", ""]
+    canned = Canned(model, answers)
+    article = model.compose("write", source=numbered(4), num_pictures=2, choose_by="text")
+    assert canned.answers == []
+    assert list(article.pictures) == [0, 2]
+    assert [picture.caption for picture in article.pictures.values()] == ["one", "three"]
+    assert [picture.choice for picture in article.pictures.values()] == [0, 0]
+
+
+def test_an_empty_caption_is_replaced_by_the_end_of_the_line(composing):
+    model = composing()
+    Canned(model, [' "'])
+    composer = model.composer()
+    article = composer.article_of("write", "a" * 30 + "b" * 50)
+    assert composer.caption(article, 0) == "b" * 50
+
+
+def test_no_pictures_unless_asked_for(composing):
+    model = composing()
+    canned = Canned(model, ["one\ntwo"] * 3)
+    assert model.compose("write").pictures == {}
+    assert model.compose("write", colour(0), num_pictures=0).pictures == {}
+    assert canned.asked[1]["n_images"] == 1
+    assert model.compose("write", source=numbered(4), num_pictures=0).lines == ["one", "two"]
+
+
+def test_captions_without_a_source(composing):
+    model = composing()
+    Canned(model, ["one\ntwo", "<Seg1>", 'a cat"'])
+    article = model.compose("write", num_pictures=1)
+    assert article.pictures == {1: Picture("a cat")}
+
+
+def test_a_line_without_candidates_gets_no_picture(composing):
+    model = composing()
+    Canned(model, ["one\ntwo", "<Seg0><Seg1>", 'cat"', 'dog"'])
+    found = {"cat": [], "dog": [("dog", colour(1))]}
+    article = model.compose("write", source=lambda caption, exclude, k: found[caption])
+    assert {line: picture.chosen.id for line, picture in article.pictures.items()} == {1: "dog"}
+
+
+def test_the_number_asked_for_on_request(composing):
+    model = composing()
+    for fills, lines in ((False, [1]), (True, [1, 3])):
+        Canned(model, ["a\nb\nc\nd", "<Seg1>", "A", "A"])
+        uploads = [colour(0), colour(1)]
+        article = model.compose("write", uploads, num_pictures=2, fill_spots=fills, choose_by="text")
+        assert list(article.pictures) == lines
+
+
+def test_each_upload_is_used_once(composing):
+    model = composing()
+    canned = Canned(model, ["a\nb\nc", "<Seg0><Seg1><Seg2>", "B", "B"])
+    article = model.compose("write", [colour(0), colour(1), colour(2)], choose_by="text")
+    assert [picture.chosen.id for picture in article.pictures.values()] == [2, 3, 1]
+    assert [len(picture.candidates) for picture in article.pictures.values()] == [3, 2, 1]
+    assert len(canned.asked) == 4  # the last one is not asked about
+
+
+def test_pictures_that_were_offered_come_again_only_if_there_are_no_others(composing):
+    model = composing()
+    Canned(model, ["a\nb\nc", "<Seg0><Seg1><Seg2>", *['x"'] * 3])
+    pictures, excluded = {name: colour(i) for i, name in enumerate("abcdef")}, []
+
+    def search(caption, exclude, k):
+        excluded.append(sorted(exclude))
+        return [(name, picture) for name, picture in pictures.items() if name not in exclude][:k]
+
+    composer = model.composer()
+    composer.choose = lambda article, line: 1
+    article = composer.compose("write", source=search)
+    offered = [[one.id for one in picture.candidates] for picture in article.pictures.values()]
+    assert offered == [["a", "b", "c", "d"], ["e", "f"], ["a", "c", "d", "e"]]
+    assert excluded == [[], list("abcd"), list("abcdef"), ["b", "f"]]
+
+
+def test_a_long_article_loses_its_beginning_but_never_the_question(composing):
+    model = composing("2", max_position_embeddings=1024)
+    lines = [f"line {i} " + "word " * 30 for i in range(30)]
+    canned = Canned(model, ["<Seg29>", 'a cat"', "B"])
+    composer = model.composer(choose_by="text")
+    article = composer.article_of("write", "\n".join(lines))
+    assert composer.find_spots(article, 1) == [29]
+    article = article.with_picture(29, Picture(composer.caption(article, 29)))
+    article = article.with_picture(29, Picture("a cat", (Candidate(1, colour(1)), Candidate(2, colour(2)))))
+    assert composer.choose(article, 29) == 1
+    for asked, end in zip(canned.asked, ("的行是", '标题是"', "最合适的图是"), strict=True):
+        assert "line 29" in asked["prompt"] and "line 0 " not in asked["prompt"]
+        assert asked["prompt"].endswith(end)
+    assert "<Seg29> line 29" in canned.asked[0]["prompt"]
+
+
+def test_candidates_that_do_not_fit(composing):
+    model = composing(max_position_embeddings=1024)
+    composer = model.composer(hd_num=18)
+    candidates = tuple(Candidate(i, colour(i, (600, 600))) for i in range(20))
+    article = composer.article_of("write", "a").with_picture(0, Picture("", candidates))
+    with pytest.raises(ValueError, match=r"prompt has \d+ tokens, \d+ of them for 20 pictures, but at most"):
+        composer.choose(article, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"instruction": 3}, TypeError, "instruction must be a str, not int"),
+        ({"instruction": " \n"}, ValueError, "instruction is empty"),
+        ({"images": "nowhere.png"}, FileNotFoundError, "nowhere.png"),
+        ({"images": [b"no picture"]}, ValueError, "picture"),
+        ({"images": [Image.new("RGB", (9, 9))] * 27}, ValueError, "27 pictures were given, but at most 26"),
+        ({"images": [Image.new("RGB", (9, 9))], "source": "."}, ValueError, "pass one of them"),
+        ({"source": "nowhere"}, FileNotFoundError, "nowhere"),
+        ({"source": 3}, TypeError, "source must be a folder"),
+        ({"num_pictures": -1}, ValueError, "at least 0, not -1"),
+        ({"num_pictures": 1.5}, TypeError, "num_pictures must be an int, not 1.5"),
+        ({"seed": -2}, ValueError, "seed"),
+        ({"hd_num": 0}, ValueError, "hd_num"),
+        ({"choose_by": "luck"}, ValueError, "'logits' or 'text', not 'luck'"),
+        ({"infer_mode": "sing"}, ValueError, "infer_mode"),
+        ({"temperature": -1.0}, ValueError, "temperature"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1"),
+        ({"tokenizer": "tokenizer"}, TypeError, "AutoTokenizer"),
+    ],
+)
+def test_bad_arguments_before_any_compute(composing, monkeypatch, arguments, error, words):
+    model = composing()
+    monkeypatch.setattr(model, "_answer", None)
+    with pytest.raises(error, match=words):
+        model.compose(**{"instruction": "write", **arguments})
+
+
+def test_versions_that_do_not_compose(composing):
+    with pytest.raises(ValueError, match=r"version 2-4khd doesn't compose.*2, 2.5"):
+        composing("2-4khd").compose("write")
+    with pytest.raises(ValueError, match="write.*sft"):
+        composing(task_adapters={}).compose("write")
+
+
+def test_bad_steps(composing):
+    composer = composing().composer()
+    article = composer.article_of("write", "one\ntwo")
+    for action, index, words in (
+        ("sing", 0, "unknown action 'sing'; choose one of expand, rewrite"),
+        ("expand", 2, "no paragraph 2: the article has 2"),
+        ("insert_after", 0, "needs an outline"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            composer.edit(article, index, action)
+    with pytest.raises(ValueError, match="paragraph 0 has 0 candidates"):
+        composer.choose(article, 0)
+    with pytest.raises(ValueError, match="no paragraph -1"):
+        composer.add_picture(article, -1)
+    with pytest.raises(TypeError, match="pairs or paths, not 3"):
+        composer.find_candidates(article.with_picture(0, Picture("a")), 0, lambda *args: [3])
+
+
+# ---- edits ----
+
+
+def test_a_paragraph_for_which_nothing_is_written_goes(composing):
+    model = composing()
+    composer = model.composer()
+    article = composer.article_of("write", "one\ntwo").with_picture(1, Picture("a cat"))
+    for action, lines in (("abbreviate", ["two"]), ("insert_before", ["one", "two"])):
+        Canned(model, ["[UNUSED_TOKEN_145]after the end"])
+        assert composer.edit(article, 0, action, "outline").lines == lines
+    Canned(model, ["1"])
+    edited = composer.edit(article, 1, "expand", "material")
+    assert edited.paragraphs == (Paragraph("one"), Paragraph("1", Picture("a cat")))
+
+
+def test_pictures_by_hand(composing):
+    model = composing()
+    canned = Canned(model, ['a cat"', "B", "D"])
+    composer = model.composer(choose_by="text")
+    article = composer.article_of("write", "one\ntwo\nthree").with_picture(1, Picture("a dog"))
+    article = composer.add_picture(article, 0, numbered(4))
+    assert '现在<Seg1>后插入图像对应的标题是"a dog"。给出适合在<Seg0>' in canned.asked[0]["prompt"]
+    assert (article.pictures[0].caption, article.pictures[0].chosen.id) == ("a cat", 1)
+    article = composer.add_picture(article, 2, numbered(4, 10), caption="a bird")
+    assert (article.pictures[2].caption, article.pictures[2].chosen.id) == ("a bird", 13)
+    assert article.with_choice(2, 0).pictures[2].chosen.id == 10
+    assert article.with_picture(2, None).pictures.keys() == {0, 1}
+
+
+# ---- a model that answers ----
+
+
+def test_the_choice_is_the_most_likely_letter(composing, tokenizer):
+    model = composing()
+    composer = model.composer()
+    article = composer.article_of("write", "one\ntwo")
+    candidates = tuple(Candidate(i, colour(i)) for i in range(3))
+    article = article.with_picture(1, Picture("a cat", candidates))
+    planned = []
+    answer = model._answer
+    model._answer = lambda prompts, *args, **kwargs: (
+        planned.extend(prompts) or answer(prompts, *args, **kwargs)
+    )
+    probabilities = composer.score(article, 1)
+    (prompt,) = planned
+    assert tokenizer.decode(prompt.ids[-8:]).endswith("是:")
+    inputs = batch_inputs(model.config, [prompt])
+    with torch.no_grad():
+        logits = model(**inputs, infer_mode="write").logits[0, -1]
+    ids = tokenizer.convert_tokens_to_ids(["A", "B", "C"])
+    expected = logits[ids].softmax(-1)
+    torch.testing.assert_close(torch.tensor(probabilities), expected, rtol=0, atol=1e-5)
+    assert composer.choose(article, 1) == int(expected.argmax())
+
+
+def test_letters_after_a_text(tokenizer, published):
+    assert letter_ids(tokenizer, "最合适的图是:", 3) == tokenizer.convert_tokens_to_ids(["A", "B", "C"])
+    ids = letter_ids(published, "最合适的图是:", 26)
+    assert len(set(ids)) == 26
+    assert [published.decode([i]) for i in ids] == [chr(65 + i) for i in range(26)]
+
+
+def test_only_letters_can_be_generated():
+    scores = LetterScores([2, 4])
+    masked = scores(torch.empty(1, 0), torch.arange(6.0)[None])
+    assert masked[0].tolist() == [-np.inf, -np.inf, 2, -np.inf, 4, -np.inf]
+    assert scores.probabilities == pytest.approx([1 / (1 + np.e**2), 1 / (1 + np.e**-2)])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_reuse_changes_nothing(composing, version):
+    """Keys, values and pictures of earlier steps, kept or computed again."""
+    model = composing(version)
+
+    def compose(reuse: bool) -> Article:
+        return model.compose(
+            "write",
+            source=numbered(3),
+            num_pictures=3,
+            reuse=reuse,
+            fill_spots=True,
+            do_sample=False,
+            max_new_tokens=60,
+        )
+
+    kept, again = compose(True), compose(False)
+    assert kept.lines == again.lines and len(kept.pictures) > 0
+    for one, other in zip(kept.pictures.values(), again.pictures.values(), strict=True):
+        assert (one.caption, one.choice) == (other.caption, other.choice)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_edit_leaves_other_steps_as_they_are(composing, version):
+    """Each step and line has its own seed."""
+    model = composing(version)
+    composer = model.composer(seed=7)
+    article = composer.article_of("write", "one\ntwo\nthree")
+    first = [composer.caption(article, line) for line in range(3)]
+    torch.manual_seed(1)
+    assert [composer.caption(article, line) for line in (2, 1, 0)] == first[::-1]
+    assert len(set(first)) == 3
+    assert model.composer(seed=8).caption(article, 0) != first[0]
+    settings = {"seed": 7, "max_new_tokens": 30}
+    assert model.compose("write", **settings) == model.compose("write", **settings)
+
+
+def test_stages_and_streams(composing):
+    model = composing()
+    settings = {"fill_spots": True, "do_sample": False, "max_new_tokens": 30}
+    composer = model.composer(**settings)
+    stages = list(composer.stages("write", source=numbered(2), num_pictures=1))
+    assert [name for name, _ in stages] == ["article", "spots", "caption", "candidates", "choice"]
+    stream = composer.stream("write")
+    text = "".join(stream)
+    assert composer.article_of("write", text).lines == stages[-1][1].lines
+    assert stream.response == text
+    with composer.stream("write") as stream:
+        next(stream)
+
+
+def test_descriptions_of_pictures(composing):
+    for version in VERSIONS:
+        model = composing(version)
+        descriptions = model.composer().describe([colour(1), colour(2)], "What is it?")
+        assert len(descriptions) == 2 and all(isinstance(text, str) for text in descriptions)
