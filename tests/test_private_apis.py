@@ -229,6 +229,55 @@ def _():
     assert weight._version == before + 1
 
 
+@entry("Module._apply")
+def _():
+    class Doubling(nn.Linear):
+        def _apply(self, function, recurse=True):
+            return super()._apply(lambda tensor: 2 * function(tensor), recurse)
+
+    for convert in (nn.Module.half, lambda module: module.to("cpu"), lambda module: module.to(torch.bfloat16)):
+        linear = Doubling(4, 4)
+        before = linear.weight.detach().clone()
+        assert torch.equal(convert(linear).weight, 2 * before.to(linear.weight.dtype))
+
+
+@entry("mkldnn._linear_pointwise")
+@torch.no_grad()
+def _():
+    x, weight, bias = torch.randn(3, 64), torch.randn(32, 64), torch.randn(32)
+    for given in (None, bias):
+        product = torch.ops.mkldnn._linear_pointwise(x, weight, given, "none", [], "")
+        torch.testing.assert_close(product, nn.functional.linear(x, weight, given), rtol=0, atol=1e-4)
+
+
+@entry("aten._weight_int4pack_mm_for_cpu, _convert_weight_to_int4pack_for_cpu")
+def _():
+    values = torch.randint(0, 16, (64, 128), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
+    assert packed.dtype == torch.uint8 and packed.numel() == 64 * 64
+    scales, zeros = torch.rand(4, 64).bfloat16(), torch.randn(4, 64).bfloat16()
+    x = torch.randn(3, 128).bfloat16()
+    both = torch.stack([scales, zeros], dim=-1)
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 32, both)
+    weight = (values - 8).float().unflatten(1, (4, 32)) * scales.T[..., None] + zeros.T[..., None]
+    exact = x.float() @ weight.flatten(1).T
+    torch.testing.assert_close(product.float(), exact, rtol=0.01, atol=0.01)
+
+
+@entry("aten._weight_int4pack_mm, _convert_weight_to_int4pack")
+def _():
+    """Their shapes: no GPU has run them here."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        pairs = torch.zeros(64, 128, dtype=torch.uint8, device="cuda")
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+        assert packed.dtype == torch.int32 and tuple(packed.shape) == (8, 2, 32, 4)
+        both = torch.zeros(2, 64, 2, dtype=torch.bfloat16, device="cuda")
+        x = torch.zeros(3, 256, dtype=torch.bfloat16, device="cuda")
+        assert tuple(torch.ops.aten._weight_int4pack_mm(x, packed, 128, both).shape) == (3, 64)
+
+
 # ---- peft ----
 
 

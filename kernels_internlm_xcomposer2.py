@@ -1,0 +1,403 @@
+"""How a product with a weight is computed on this machine: the quickest way for plain weights, 4-bit kernels.
+
+The ways differ in rounding only. The environment variable `INTERNLM_XCOMPOSER2_KERNELS` names one of
+`KERNELS`: `auto` (the default) measures large products once per process, `torch` leaves everything to torch,
+the others are taken for products of every size wherever they can compute them.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+SETTING = "INTERNLM_XCOMPOSER2_KERNELS"
+KERNELS = ("auto", "torch", "onednn", "float32", "rows")
+
+LARGE = 1 << 20  # values of a weight from which the choice of a kernel matters
+FEW_ROWS = 8
+_ROWS_MEASURED = (1, 4, 64)  # one row of a decoding step, a few of beams, many of a prompt
+_MEASURED_SHAPE = (2048, 4096)  # of the weight that is measured with, (out, in)
+_REPEATS = 5
+_MARGIN = 1.1  # how many times as fast another way must be: close calls stay with torch, so that runs agree
+_VALUES_AT_ONCE = 1 << 21  # weights that are converted or unpacked at once: what a core's cache holds
+_HALF_TYPES = (torch.bfloat16, torch.float16)
+
+
+# ---- plain weights ----
+
+
+def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(x, weight, bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _by_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Half types by way of float32, a part of the weight at a time: for chips without half-type products."""
+    wide, step = x.float(), max(1, _VALUES_AT_ONCE // weight.shape[1])
+    outputs = x.new_empty(len(x), len(weight))
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        product = multiply(wide, weight[part].float(), None if bias is None else bias[part].float())
+        outputs[:, part] = product
+    return outputs
+
+
+def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One row at a time, as a matrix times a vector."""
+    outputs = torch.stack([weight.mv(row) for row in x])
+    return outputs if bias is None else outputs.add_(bias)
+
+
+_WAYS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "torch": _by_torch,
+    "onednn": _by_onednn,
+    "float32": _by_float32,
+    "rows": _by_rows,
+}
+
+
+def possible_kernels(dtype: torch.dtype, num_rows: int) -> list[str]:
+    """The ways that can compute a product of this type on a CPU, and aren't certainly slow."""
+    ways = ["torch"]
+    has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if dtype == torch.float32 and has_onednn:
+        ways.append("onednn")
+    if dtype in _HALF_TYPES:
+        ways.append("rows" if num_rows <= FEW_ROWS else "float32")
+    return ways
+
+
+def setting() -> str:
+    """Which of `KERNELS` the environment names.
+
+    Raises:
+        ValueError: it names none of them.
+    """
+    name = os.environ.get(SETTING, "auto")
+    if name not in KERNELS:
+        raise ValueError(f"{SETTING} is {name!r}; set it to one of {', '.join(KERNELS)}")
+    return name
+
+
+def choose_kernel(weight: Tensor, num_rows: int) -> str:
+    """The way in which `num_rows` rows are multiplied with a weight (out, in) on a CPU."""
+    name = setting()
+    if num_rows == 0 or (name == "auto" and weight.numel() < LARGE):
+        return "torch"
+    if name == "auto":
+        return _measured(weight.dtype, num_rows)
+    return name if name in possible_kernels(weight.dtype, num_rows) else "torch"
+
+
+def _measured(dtype: torch.dtype, num_rows: int) -> str:
+    """The quickest way for this many rows, as measured with a similar number."""
+    rows = next((rows for rows in _ROWS_MEASURED if num_rows <= 2 * rows), _ROWS_MEASURED[-1])
+    return measured_kernel(dtype, rows, torch.get_num_threads())
+
+
+@cache
+def measured_kernel(dtype: torch.dtype, num_rows: int, num_threads: int) -> str:
+    """The way that is quickest here by a clear margin, measured once per process, in a tenth of a second."""
+    ways = possible_kernels(dtype, num_rows)
+    if len(ways) == 1:
+        return ways[0]
+    outputs, inputs = _MEASURED_SHAPE
+    weight = torch.full((outputs, inputs), 0.5, dtype=dtype)
+    x = torch.full((num_rows, inputs), 0.5, dtype=dtype)
+    with torch.no_grad():
+        seconds = {way: _seconds(lambda way=way: _WAYS[way](x, weight, None)) for way in ways}
+    best = min(seconds, key=seconds.get)
+    chosen = best if seconds["torch"] > _MARGIN * seconds[best] else "torch"
+    kind = str(dtype).removeprefix("torch.")
+    times = ", ".join(f"{way} {1000 * time:.2f} ms" for way, time in seconds.items())
+    logger.info(
+        f"{kind} products of {num_rows} rows are computed by {chosen} ({times}, {num_threads} threads); "
+        f"set {SETTING}=torch to leave them to torch"
+    )
+    return chosen
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    """The shortest of several calls, after one that is not counted."""
+    times = []
+    for _ in range(1 + _REPEATS):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b` in the quickest way: (..., in), (out, in), (out,) -> (..., out).
+
+    Anything but plain tensors of one type on a CPU, without gradients, is left to torch.
+    """
+    if not _is_plain_product(x, weight, bias):
+        return nn.functional.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    way = choose_kernel(weight, len(flat))
+    if way == "torch":
+        return nn.functional.linear(x, weight, bias)
+    return _WAYS[way](flat.contiguous(), weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def _is_plain_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        x.device.type == "cpu"
+        and type(weight) in (nn.Parameter, Tensor)
+        and type(x) is Tensor
+        and x.dtype == weight.dtype
+        and weight.device == x.device
+        and weight.is_contiguous()
+        and not needs_gradient(x, weight, bias)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from any of these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+class Linear(nn.Linear):
+    """torch's linear, computed by `multiply`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return multiply(x, self.weight, self.bias)
+
+
+# ---- weights of 4 bits ----
+
+INT4_BITS = 4
+INT4_GROUPS = (256, 128, 64, 32)  # inputs with a common scale and zero point that the kernels take
+INT4_ROWS = 128  # up to so many rows the 4-bit kernel is quicker than unpacking the weight
+_INNER_TILES = 8  # of 16 inputs each, in CUDA's layout
+# (outputs, inputs) of a tile of the packed weight, to be tried
+_TILES = {"cpu": ((64, 1), (32, 1), (16, 1)), "cuda": ((8, 16 * _INNER_TILES),)}
+_MOST_OUTPUTS = 64  # of a tile: parts of a weight begin at multiples of it
+_IN_CACHE = 1 << 18  # values that pass through several steps at once
+
+
+@dataclass(frozen=True)
+class Int4Layout:
+    """Where the 4-bit kernel of a kind of device expects each value of a weight.
+
+    A weight (out, in) consists of tiles of `rows` outputs and `cols` inputs, which are stored row by row of
+    tiles. `places` says for each value of a tile which of its nibbles holds it, all the low ones of its bytes
+    counted before all the high ones; `None` if that is their order already.
+    """
+
+    rows: int
+    cols: int
+    places: Tensor | None
+
+    def unpack(self, packed: Tensor, start: int, stop: int, inputs: int) -> Tensor:
+        """Outputs `start` to `stop`, multiples of `rows`, of a packed weight -> (outputs, in), uint8."""
+        across = inputs // self.cols
+        tiles = packed.view(torch.uint8).view(-1, across, self.rows * self.cols // 2)
+        tiles = tiles[start // self.rows : stop // self.rows].transpose(1, 2).contiguous()
+        values = torch.cat([tiles & 15, tiles >> 4], dim=1)  # (rows of tiles, values of a tile, across)
+        if self.places is not None:
+            values = values.index_select(1, self.places.to(values.device))
+        values = values.unflatten(1, (self.rows, self.cols)).transpose(2, 3)
+        return values.reshape(stop - start, inputs)
+
+
+@cache
+def int4_layout(device_type: str) -> Int4Layout | None:
+    """The layout of this kind of device, found out by packing numbered values; `None` without a kernel.
+
+    The layouts are not documented, and differ between the instruction sets of CPUs.
+    """
+    if device_type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        return None
+    for rows, cols in _TILES.get(device_type, ()):
+        layout = _layout_of_tiles(device_type, rows, cols)
+        if layout is not None and _is_right(layout, device_type):
+            return layout
+    return None
+
+
+def _layout_of_tiles(device_type: str, rows: int, cols: int) -> Int4Layout | None:
+    """The layout if its tiles have this size, from the digits of numbered values; `None` if they don't."""
+    numbers = torch.arange(rows * cols, device=device_type).view(rows, cols)
+    columns = numbers if cols > 1 else numbers.expand(rows, max(INT4_GROUPS))
+    found = torch.zeros(rows * cols, dtype=torch.long, device=device_type)
+    for shift in (0, 4, 8):
+        tile = pack_int4(columns >> shift & 15).view(torch.uint8).flatten()[: rows * cols // 2].long()
+        found |= torch.cat([tile & 15, tile >> 4]) << shift
+    places = found.argsort().cpu()
+    if not torch.equal(found.sort().values, numbers.flatten()):
+        return None
+    in_order = torch.equal(places, torch.arange(rows * cols))
+    return Int4Layout(rows, cols, None if in_order else places)
+
+
+def _is_right(layout: Int4Layout, device_type: str) -> bool:
+    """Whether a weight of several tiles is unpacked to what was packed."""
+    shape = 2 * max(layout.rows, 16), 2 * max(layout.cols, max(INT4_GROUPS))
+    values = torch.arange(shape[0] * shape[1]).mul(7919).div(13, rounding_mode="floor").view(shape) & 15
+    values = values.to(device_type)
+    return torch.equal(layout.unpack(pack_int4(values), 0, *shape), values.to(torch.uint8))
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """(out, in) integers from 0 to 15 -> what the kernel of their device reads."""
+    if values.device.type == "cpu":
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int().contiguous(), 1)
+    pairs = values.to(torch.uint8).unflatten(1, (-1, 2))
+    return torch.ops.aten._convert_weight_to_int4pack(pairs[..., 0] << 4 | pairs[..., 1], _INNER_TILES)
+
+
+def multiply_int4(x: Tensor, packed: Tensor, group_size: int, scales_and_zeros: Tensor) -> Tensor:
+    """`x W^T` in bfloat16, where `W = (values - 8) * scale + zero`.
+
+    Args:
+        x: (rows, in), bfloat16.
+        packed: what `pack_int4` returned on this device.
+        group_size: one of `INT4_GROUPS`.
+        scales_and_zeros: (in / group_size, out, 2), bfloat16.
+
+    Returns:
+        (rows, out), bfloat16.
+    """
+    on_cpu = x.device.type == "cpu"
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu if on_cpu else torch.ops.aten._weight_int4pack_mm
+    return product(x.contiguous(), packed, group_size, scales_and_zeros)
+
+
+class KeepsTypes(nn.Module):
+    """A module whose tensors `half()`, `to(dtype)` and their like move, but never convert."""
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Like the base class, except for the types."""
+
+        def keep_type(tensor: Tensor) -> Tensor:
+            moved = function(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_type, recurse)
+
+
+class Int4Weight(KeepsTypes):
+    """A weight (out, in) of 4-bit integers: `(integer - zero) * scale`, in the order of its device's kernel.
+
+    In bfloat16 and float16, few rows are multiplied by the kernel, whose scales and zero points are bfloat16.
+    For many rows, and always in float32, a part of the weight at a time is unpacked exactly.
+
+    Args:
+        codes: what `pack_int4` returned for the integers, with the inputs of each group side by side.
+        scales: (out, groups), of a type that holds them exactly.
+        zeros: (out, groups), uint8.
+        order: (in,) inputs in the order in which `codes` has them; `None` if that is their own.
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor | None) -> None:
+        super().__init__()
+        self.layout = codes.device.type  # of the device that `codes` were packed for
+        self.out_features, self.num_groups = scales.shape
+        self.in_features = codes.numel() * codes.element_size() * 2 // self.out_features
+        size = self.in_features // self.num_groups
+        self.kernel_group = next(group for group in INT4_GROUPS if size % group == 0)
+        both = (
+            torch.stack([scales.float(), (8.0 - zeros) * scales.float()], dim=-1).bfloat16().transpose(0, 1)
+        )
+        both = both.repeat_interleave(size // self.kernel_group, dim=0)
+        buffers = {"codes": codes, "scales": scales, "zeros": zeros, "order": order, "scales_and_zeros": both}
+        for name, value in buffers.items():
+            self.register_buffer(name, value, persistent=False)
+
+    @staticmethod
+    def fits(device_type: str, outputs: int, inputs: int, num_groups: int) -> bool:
+        """Whether the kernel of this kind of device takes weights of these widths."""
+        size, rest = divmod(inputs, num_groups)
+        if rest or size % min(INT4_GROUPS) or outputs % _MOST_OUTPUTS:
+            return False
+        layout = int4_layout(device_type)
+        return layout is not None and inputs % layout.cols == 0
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Like the base class, but another kind of device gets its own order."""
+        kind = function(self.scales[:0]).device.type
+        integers = self._ordered(0, self.out_features) if kind not in (self.layout, "meta") else None
+        super()._apply(function, recurse)
+        if integers is not None and self.fits(kind, *integers.shape, self.num_groups):
+            self.codes, self.layout = pack_int4(integers.to(self.scales.device)), kind
+        return self
+
+    def integers(self) -> Tensor:
+        """(out, in), uint8."""
+        return self._reordered(self._ordered(0, self.out_features))
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """(out, in), exact in float32."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.codes.device)
+        return self._reordered(self._unpack_into(weight, 0))
+
+    def _reordered(self, values: Tensor) -> Tensor:
+        """(outputs, in) with the inputs in their own order."""
+        return values if self.order is None else values.index_select(1, self.order.argsort())
+
+    def _ordered(self, start: int, stop: int) -> Tensor:
+        """Outputs `start` to `stop` -> (outputs, in) integers, the inputs of each group side by side."""
+        return int4_layout(self.layout).unpack(self.codes, start, stop, self.in_features)
+
+    def _unpack_into(self, weight: Tensor, start: int) -> Tensor:
+        """Fill (outputs, in) with the weights from output `start` on, the inputs of each group together."""
+        scales, zeros = (t[start : start + len(weight)].float()[..., None] for t in (self.scales, self.zeros))
+        is_float = weight.dtype == torch.float32
+        steps = _steps(0, len(weight), _IN_CACHE // self.in_features)
+        block = None if is_float else torch.empty_like(weight[slice(*steps[0])], dtype=torch.float32)
+        for first, last in steps:
+            values = weight[first:last] if is_float else block[: last - first]
+            values.copy_(self._ordered(start + first, start + last))
+            groups = values.unflatten(1, (self.num_groups, -1))
+            groups.sub_(zeros[first:last]).mul_(scales[first:last])
+            if not is_float:
+                weight[first:last] = values
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), without gradients."""
+        rows = x.reshape(-1, self.in_features)
+        if self.layout == x.device.type and len(rows) <= INT4_ROWS and x.dtype in _HALF_TYPES:
+            rows = rows if self.order is None else rows.index_select(1, self.order)
+            output = multiply_int4(rows.bfloat16(), self.codes, self.kernel_group, self.scales_and_zeros)
+            return output.to(x.dtype).view(*x.shape[:-1], -1)
+        rows = rows.to(_type_of_large_products(rows))
+        output = x.new_empty(len(rows), self.out_features)
+        steps = _steps(0, self.out_features, _VALUES_AT_ONCE // self.in_features)
+        buffer = rows.new_empty(steps[0][1], self.in_features)
+        for start, stop in steps:
+            weight = self._reordered(self._unpack_into(buffer[: stop - start], start))
+            output[:, start:stop] = multiply(rows, weight)
+        return output.view(*x.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, in the order of {self.layout}"
+
+
+def _type_of_large_products(rows: Tensor) -> torch.dtype:
+    """Float32 if half types are multiplied by way of it here, else the type of the rows."""
+    if rows.device.type != "cpu" or rows.dtype not in _HALF_TYPES or setting() not in ("auto", "float32"):
+        return rows.dtype
+    way = setting() if setting() != "auto" else _measured(rows.dtype, len(rows))
+    return torch.float32 if way == "float32" else rows.dtype
+
+
+def _steps(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """A range in parts of about `size`, which begin at multiples of a tile's outputs."""
+    size = max(1, size // _MOST_OUTPUTS) * _MOST_OUTPUTS
+    return [(first, min(first + size, stop)) for first in range(start, stop, size)]

@@ -1,0 +1,219 @@
+"""Kernels: which is chosen, that all compute the same, and the layouts of 4-bit weights."""
+
+import logging
+
+import pytest
+import torch
+from internlm_xcomposer2 import kernels_internlm_xcomposer2 as kernels
+from internlm_xcomposer2.kernels_internlm_xcomposer2 import Int4Weight, Linear, int4_layout, multiply
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def random_product(dtype, rows=(3, 5), inputs=96, outputs=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (*rows, inputs), (outputs, inputs), (outputs,)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+# ---- plain weights ----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [(1,), (2, 3), (40,), (0,)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_all_kernels_compute_the_same(monkeypatch, kernel, dtype, rows, with_bias):
+    monkeypatch.setenv(kernels.SETTING, kernel)
+    x, weight, bias = random_product(dtype, rows)
+    bias = bias if with_bias else None
+    expected = torch.nn.functional.linear(
+        x.double(), weight.double(), None if bias is None else bias.double()
+    )
+    found = multiply(x, weight, bias)
+    assert found.dtype == dtype and found.shape == expected.shape
+    limit = {torch.float32: 1e-4, torch.bfloat16: 0.2, torch.float16: 0.03}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=limit)
+
+
+@torch.no_grad()
+def test_a_forced_kernel_is_used_where_it_can_be(monkeypatch):
+    used = []
+    for name, way in kernels._WAYS.items():
+        spy = lambda *args, name=name, way=way: used.append(name) or way(*args)  # noqa: E731
+        monkeypatch.setitem(kernels._WAYS, name, spy)
+    for kernel, dtype, rows in (
+        ("onednn", torch.float32, 2),
+        ("float32", torch.bfloat16, 40),
+        ("rows", torch.float16, 2),
+        ("onednn", torch.bfloat16, 2),  # torch's own way, which is oneDNN already
+        ("rows", torch.bfloat16, 40),  # too many
+    ):
+        monkeypatch.setenv(kernels.SETTING, kernel)
+        multiply(*random_product(dtype, (rows,)))
+    assert [name for name in used if name != "torch"] == ["onednn", "float32", "rows"]
+
+
+@torch.no_grad()
+def test_large_products_are_measured_once_and_the_choice_is_logged(monkeypatch, caplog):
+    seconds = {"torch": 3.0, "onednn": 2.0}
+    monkeypatch.setattr(kernels, "_seconds", lambda function: seconds[function.__defaults__[0]])
+    monkeypatch.delenv(kernels.SETTING, raising=False)
+    kernels.measured_kernel.cache_clear()
+    caplog.set_level(logging.INFO, kernels.logger.name)
+    try:
+        large, small = torch.zeros(1024, 1024), torch.zeros(64, 64)
+        assert kernels.choose_kernel(small, 1) == "torch" and not caplog.messages
+        assert [kernels.choose_kernel(large, 1) for _ in range(3)] == ["onednn"] * 3
+        assert [message.split(" (")[0] for message in caplog.messages] == [
+            "float32 products of 1 rows are computed by onednn"
+        ]
+        assert "torch 3000.00 ms, onednn 2000.00 ms" in caplog.messages[0]
+        seconds["torch"] = 2.1  # a close call stays with torch
+        assert kernels.choose_kernel(large, 1000) == "torch"
+        monkeypatch.setenv(kernels.SETTING, "torch")
+        assert kernels.choose_kernel(large, 1) == "torch"
+    finally:
+        kernels.measured_kernel.cache_clear()
+
+
+def test_an_unknown_setting_is_rejected(monkeypatch):
+    monkeypatch.setenv(kernels.SETTING, "mkl")
+    with pytest.raises(ValueError, match="'mkl'; set it to one of auto, torch, onednn"):
+        multiply(*(tensor for tensor in random_product(torch.float32)))
+
+
+def test_what_only_torch_can_compute_is_left_to_it(monkeypatch):
+    monkeypatch.setenv(kernels.SETTING, "onednn")
+    monkeypatch.setitem(kernels._WAYS, "onednn", lambda *_: pytest.fail("used"))
+    linear = Linear(96, 64)
+    x = random_product(torch.float32)[0]
+    linear(x).sum().backward()  # gradients
+    assert linear.weight.grad is not None
+    with torch.no_grad():
+        assert linear.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+        with torch.autocast("cpu"):
+            assert linear.float()(x).dtype == torch.bfloat16
+        assert linear.to("meta")(x.to("meta")).device.type == "meta"
+        subclass = torch.nn.Parameter(torch.ones(64, 96)).as_subclass(type("Other", (torch.Tensor,), {}))
+        assert torch.equal(multiply(torch.ones(1, 96), subclass), torch.full((1, 64), 96.0))
+
+
+# ---- weights of 4 bits ----
+
+
+def random_int4(outputs=128, inputs=256, groups=4, seed=0, ordered=True):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 16, (outputs, inputs), generator=generator)
+    scales = (torch.rand(outputs, groups, generator=generator) * 0.02 + 0.001).half()
+    zeros = torch.randint(0, 16, (outputs, groups), generator=generator).to(torch.uint8)
+    order = None if ordered else torch.randperm(inputs, generator=generator)
+    expected = ((values.float().unflatten(1, (groups, -1)) - zeros[..., None]) * scales[..., None]).flatten(1)
+    expected = expected if ordered else expected[:, order.argsort()]
+    packed = Int4Weight(kernels.pack_int4(values), scales, zeros, None if ordered else order.int())
+    return packed, expected
+
+
+def test_the_layout_of_this_cpu_is_found():
+    layout = int4_layout("cpu")
+    assert layout is not None and (layout.rows, layout.cols) in kernels._TILES["cpu"]
+    assert int4_layout("mps") is None
+
+
+@pytest.mark.parametrize("places", [None, "shuffled"])
+def test_unpacking_is_the_inverse_of_packing(places):
+    """Also for a layout whose tiles are stored in another order than this CPU's."""
+    layout = int4_layout("cpu")
+    values = torch.randint(0, 16, (192, 64), generator=torch.Generator().manual_seed(0))
+    packed = kernels.pack_int4(values)
+    assert torch.equal(layout.unpack(packed, 0, 192, 64), values.to(torch.uint8))
+    assert torch.equal(layout.unpack(packed, 64, 128, 64), values[64:128].to(torch.uint8))
+    if places:
+        order = torch.randperm(layout.rows, generator=torch.Generator().manual_seed(1))
+        other = kernels.Int4Layout(layout.rows, 1, order)
+        expected = values.unflatten(0, (-1, layout.rows))[:, order].flatten(0, 1)
+        assert torch.equal(other.unpack(packed, 0, 192, 64), expected.to(torch.uint8))
+
+
+def test_tiles_of_several_inputs_are_unpacked():
+    """The layout of GPUs has tiles of 8 outputs and 128 inputs; here they are laid out by hand."""
+    values = torch.randint(0, 16, (16, 256), generator=torch.Generator().manual_seed(0))
+    tiles = values.unflatten(0, (2, 8)).unflatten(2, (2, 128)).transpose(1, 2).flatten(2)
+    places = torch.randperm(1024, generator=torch.Generator().manual_seed(1))
+    nibbles = torch.empty_like(tiles)
+    nibbles[..., places] = tiles
+    packed = (nibbles[..., :512] | nibbles[..., 512:] << 4).to(torch.uint8)
+    layout = kernels.Int4Layout(8, 128, places)
+    words = packed.view(2, 2, 32, 16).view(torch.int32)
+    assert torch.equal(layout.unpack(words, 0, 16, 256), values.to(torch.uint8))
+
+
+def test_the_shapes_of_the_cuda_kernel():
+    """As far as they can be checked without a GPU: on tensors that have only a shape and a device."""
+    with FakeTensorMode():
+        packed = kernels.pack_int4(torch.zeros(64, 256, dtype=torch.uint8, device="cuda"))
+        assert packed.dtype == torch.int32 and tuple(packed.shape) == (8, 2, 32, 4)
+        both = torch.zeros(2, 64, 2, dtype=torch.bfloat16, device="cuda")
+        x = torch.zeros(3, 256, dtype=torch.bfloat16, device="cuda")
+        product = kernels.multiply_int4(x, packed, 128, both)
+    assert tuple(product.shape) == (3, 64) and product.device.type == "cuda"
+
+
+def test_a_layout_that_is_not_as_expected_is_not_used(monkeypatch):
+    """A release that stores the values differently costs speed, not answers."""
+    pack = kernels.pack_int4
+    monkeypatch.setattr(kernels, "pack_int4", lambda values: pack(values).flip(0))
+    int4_layout.cache_clear()
+    try:
+        assert int4_layout("cpu") is None and not Int4Weight.fits("cpu", 128, 256, 4)
+    finally:
+        int4_layout.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "groups", "fits"),
+    [
+        (128, 256, 4, True),
+        (128, 256, 1, True),
+        (128, 96, 1, True),
+        (100, 256, 4, False),
+        (128, 96, 4, False),
+        (128, 100, 3, False),
+    ],
+)
+def test_which_widths_the_kernel_takes(outputs, inputs, groups, fits):
+    assert Int4Weight.fits("cpu", outputs, inputs, groups) == fits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+@pytest.mark.parametrize("setting", ["torch", "float32"])
+def test_products_with_4_bit_weights(monkeypatch, ordered, groups, setting):
+    monkeypatch.setenv(kernels.SETTING, setting)
+    packed, expected = random_int4(groups=groups, ordered=ordered)
+    assert torch.equal(packed.unpack(torch.float32), expected)
+    assert torch.equal(packed.unpack(torch.bfloat16), expected.bfloat16())
+    for rows in (1, 3, kernels.INT4_ROWS, kernels.INT4_ROWS + 1):
+        x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows))
+        exact = x @ expected.T
+        torch.testing.assert_close(packed(x), exact, rtol=0, atol=1e-5)
+        for dtype in (torch.bfloat16, torch.float16):
+            found = packed(x.to(dtype)[None])
+            assert found.dtype == dtype and found.shape == (1, rows, 128)
+            assert (found[0].float() - exact).std() < 0.01 * exact.std()
+
+
+@torch.no_grad()
+def test_large_weights_are_multiplied_in_parts(monkeypatch):
+    packed, expected = random_int4(outputs=320)
+    monkeypatch.setattr(kernels, "_VALUES_AT_ONCE", 128 * 256)
+    monkeypatch.setattr(kernels, "_IN_CACHE", 64 * 256)
+    x = torch.randn(200, 256, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(packed(x), x @ expected.T, rtol=0, atol=1e-5)
+    assert torch.equal(packed.unpack(torch.bfloat16), expected.bfloat16())
+
+
+def test_memory_of_a_4_bit_weight():
+    packed, expected = random_int4(outputs=512, inputs=1024, groups=8)
+    assert sum(buffer.nbytes for buffer in packed.buffers()) < 0.3 * 2 * expected.numel()
