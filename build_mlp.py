@@ -535,10 +535,11 @@ def introduce_to_peft() -> None:
             Raises:
                 ValueError: the plain weight is quantised.
             """
-            if not self.get_base_layer().weight.is_floating_point():
+            weight = self.get_base_layer().weight
+            if not (isinstance(weight, nn.Parameter) and weight.is_floating_point()):
                 raise ValueError(
                     "an adapter can't be merged into quantised weights; load the checkpoint without "
-                    "quantization_config and merge into that"
+                    "quantization_config and merge into that (GPTQ and AWQ: with dequantize=True)"
                 )
             super().merge(*args, **kwargs)
 

@@ -73,10 +73,13 @@ from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_
 from .prompt_internlm_xcomposer2 import check_length, context_length
 from .quantization_internlm_xcomposer2 import (
     Packing,
+    add_to_config,
     check_savable,
     pack_linears,
+    packing_fields,
     packing_to_read,
     quantizer_argument,
+    settle_linears,
     settle_quantized,
     settle_saved_metadata,
     unpack_linears,
@@ -169,18 +172,20 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
         config: PreTrainedConfig | str | os.PathLike | None = None,
         output_loading_info: bool = False,
         adapters: Sequence[str] | None = None,
+        dequantize: bool = False,
         **kwargs,
     ):
         """Load a published checkpoint as it is, or one that `save_pretrained` wrote.
 
         Weights with a score head in place of the output head belong to a reward model: even if asked for a
         chat model, this returns an `InternLMXComposer2ForSequenceClassification`. The weights determine the
-        version and the sizes that `config.json` leaves out. GPTQ and AWQ weights are unpacked.
+        version and the sizes that `config.json` leaves out. GPTQ and AWQ weights stay packed in memory.
         `quantization_config` quantises only the decoder's plain linears.
 
         Args:
             adapters: the inference modes (`"write"`, `"web"`) to load task adapters for, by default all that
                 are there. Others take no memory, and their modes are rejected. `()` loads none.
+            dequantize: unpack GPTQ and AWQ weights, as every process of several does anyway.
 
         Raises:
             ValueError: a tensor is missing, unknown or badly packed (they are listed), the directory holds
@@ -225,6 +230,8 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
         check_loading({**info, "mismatched_keys": () if accept_mismatch else info["mismatched_keys"]}, source)
         model.num_processes = num_processes
         if packing is not None:
+            settle_linears(model, headers)
+        if dequantize or num_processes > 1:
             unpack_linears(model, model.dtype)
         if found:
             model.name_or_path = model.config.name_or_path = str(source)
@@ -240,6 +247,8 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Write the checkpoint, under the published names unless the weights are quantised.
 
+        GPTQ and AWQ weights are written as they were read.
+
         It is written aside and then moved into place, so that a kill leaves what was there before. Weights of
         another form that were there (a single file, shards, `.bin`) are removed. With
         `distributed_checkpoint=True`, all processes write straight into the directory.
@@ -249,9 +258,11 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
             FileExistsError: the directory is a file, or another process is saving into it.
             OSError: the disk is full or can't be written to; nothing in the directory has changed.
         """
+        fields = packing_fields(self)
         is_quantized = getattr(self, "hf_quantizer", None) is not None
         if is_quantized:
             check_savable(self)
+        if is_quantized or fields is not None:
             kwargs["save_original_format"] = False
         if not writes_alone(kwargs):
             super().save_pretrained(save_directory, **kwargs)
@@ -262,8 +273,20 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
                 super().save_pretrained(folder, **kwargs)
                 if is_quantized:
                     settle_saved_metadata(folder)
+                if fields is not None:
+                    add_to_config(folder, {"quantization_config": fields})
         if self.num_processes > 1:
             torch.distributed.barrier()  # so that no process loads what the first one is still moving
+
+    def dequantize(self, dtype: torch.dtype | None = None):
+        """This model with plain weights in place of GPTQ's or AWQ's, by default of the model's type.
+
+        Weights that a `quantization_config` quantised are the library's to unpack.
+        """
+        if packing_fields(self) is None:
+            return super().dequantize(dtype)
+        unpack_linears(self, dtype or self.dtype)
+        return self
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

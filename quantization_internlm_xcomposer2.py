@@ -13,7 +13,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint_internlm_xcomposer2 import TensorHeader, quantize_fields, shapes_of
 from .configuration_internlm_xcomposer2 import published_name
+from .kernels_internlm_xcomposer2 import INT4_BITS, Int4Weight, KeepsTypes, Linear, multiply, pack_int4
 
 logger = logging.get_logger(__name__)
 
@@ -177,9 +179,10 @@ def _quantized_names(metadata: Mapping[str, str]) -> list[str]:
 # ---- packed checkpoints ----
 
 WORD = 32  # bits of a packed word
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+FILE_TENSORS = ("qweight", "qzeros", "scales", "g_idx")  # of one packed weight
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output that each nibble of a word holds, lowest nibble first
 _BLOCK = 1 << 21  # weights that are unpacked at once: bounds the memory besides the result
+_OUTPUTS_OF_PART = 64  # of which a part of a weight has a multiple, as the kernels' tiles require
 _NAMES_IN_MESSAGE = 8
 
 
@@ -233,7 +236,7 @@ def packing_of(shapes: Mapping[str, tuple[int, ...]], config: object = None) -> 
 
 def unpacked_shapes(shapes: Mapping[str, tuple[int, ...]], packing: Packing) -> dict[str, tuple[int, ...]]:
     """The shapes of the same checkpoint with (out, in) weights instead of packed tensors."""
-    packed = {f"{linear}.{part}" for linear in packing.linears for part in _PARTS}
+    packed = {f"{linear}.{part}" for linear in packing.linears for part in FILE_TENSORS}
     plain = {name: shape for name, shape in shapes.items() if name not in packed}
     for linear in packing.linears:
         outputs = shapes[f"{linear}.scales"][1]
@@ -241,15 +244,21 @@ def unpacked_shapes(shapes: Mapping[str, tuple[int, ...]], packing: Packing) -> 
     return plain
 
 
-class PackedLinear(nn.Module):
-    """A linear whose weight is packed, with the tensor names that GPTQ and AWQ files use.
+class PackedLinear(KeepsTypes):
+    """A linear whose weight is packed.
+
+    It is built for the tensors of a GPTQ or AWQ file, under their names. `settle` puts the weight in the
+    order of the device's 4-bit kernel instead, if there is one that takes its widths; without one, the weight
+    is unpacked for each product. A state dict holds the tensors of the file in either case.
 
     Args:
-        bits, method, zero_offset: as in `Packing`.
+        packing: the format.
         num_groups: how many groups of inputs share a scale.
-        group_size: consecutive inputs in a group, unless the file gives the group of each input.
-        has_index: whether the file does so (`g_idx`).
+        has_index: whether the file gives the group of each input (`g_idx`), else they are consecutive.
         has_bias: whether the file has a bias.
+
+    Attributes:
+        settled: the weight in the order of a kernel; `None` if it is as in the file.
     """
 
     def __init__(
@@ -280,6 +289,11 @@ class PackedLinear(nn.Module):
         self.scales = _constant(torch.ones(num_groups, out_features, dtype=torch.float32))
         bias = torch.zeros(out_features, dtype=torch.float32) if has_bias else None
         self.register_parameter("bias", _constant(bias))
+        self.has_index = has_index
+        self.settled: Int4Weight | None = None
+        self.register_state_dict_post_hook(_add_file_tensors)
+        self.register_load_state_dict_pre_hook(_expect_file_tensors)
+        self.register_load_state_dict_post_hook(_settle_again)
 
     def groups(self) -> Tensor:
         """(in,), the group of each input.
@@ -296,19 +310,148 @@ class PackedLinear(nn.Module):
         return self.g_idx.long()
 
     @torch.no_grad()
+    def settle(self, qweight: Tensor | None = None) -> None:
+        """Put the weight in the order of the device's kernel, if there is one; call it once it is loaded.
+
+        From then on the tensors are buffers: they neither train nor count as parameters.
+
+        Args:
+            qweight: the weight as in the file, read anew; by default the parameter of that name.
+
+        Raises:
+            ValueError: the file names a group that doesn't exist.
+        """
+        groups, (num_groups, outputs) = self.groups(), self.scales.shape
+        device = self.scales.device
+        sizes = torch.bincount(groups, minlength=num_groups)
+        fits = Int4Weight.fits(device.type, outputs, self.in_features, num_groups)
+        if self.bits > INT4_BITS or not fits or not bool((sizes == sizes[0]).all()):
+            self._hold(self.file_tensors())
+            return
+        order = groups.argsort(stable=True)
+        in_order = torch.equal(order, torch.arange(self.in_features, device=device))
+        words = (self.qweight if qweight is None else qweight).to(device)
+        parts = self._integers(words)
+        codes = torch.cat([pack_int4(part if in_order else part[:, order]) for part in parts])
+        scales, zeros = _smallest(self.scales.T.contiguous()), self._zeros().T.to(torch.uint8).contiguous()
+        self._hold({})
+        self.settled = Int4Weight(codes, scales, zeros, None if in_order else order.int())
+
+    def _hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these tensors of the file as buffers, and no others."""
+        for name in FILE_TENSORS:
+            self._parameters.pop(name, None)
+            self.register_buffer(name, tensors.get(name))
+
+    def _integers(self, qweight: Tensor) -> Iterator[Tensor]:
+        """The weight as in the file -> parts (outputs, in) of its integers."""
+        step = max(1, _BLOCK // self.in_features // _OUTPUTS_OF_PART) * _OUTPUTS_OF_PART
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            if self.method == "gptq":
+                yield unpack_words(qweight[:, start:stop].T, self.bits)
+            else:
+                columns = slice(start * self.bits // WORD, stop * self.bits // WORD)
+                yield _unpack_awq_words(qweight[:, columns], self.bits).T
+
+    @property
+    def in_order(self) -> bool:
+        """Whether each group consists of consecutive inputs, in the order of the groups."""
+        if self.settled is not None:
+            return self.settled.order is None
+        return self.g_idx is None or self.g_idx.device.type == "meta" or bool((self.g_idx.diff() >= 0).all())
+
+    def _zeros(self) -> Tensor:
+        """(groups, out) zero points."""
+        unpack = unpack_words if self.method == "gptq" else _unpack_awq_words
+        return (unpack(self.qzeros, self.bits) + self.zero_offset) & (2**self.bits - 1)
+
+    @torch.no_grad()
+    def file_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the format by name, with the bias if there is one."""
+        if self.settled is None:
+            found = {name: getattr(self, name) for name in (*FILE_TENSORS, "bias")}
+            return {name: tensor.data for name, tensor in found.items() if tensor is not None}
+        integers, order = self.settled.integers(), self.settled.order
+        zeros = (self.settled.zeros.T.int() - self.zero_offset) & (2**self.bits - 1)
+        if self.method == "gptq":
+            tensors = {"qweight": pack_words(integers, self.bits).T.contiguous()}
+            tensors["qzeros"] = pack_words(zeros, self.bits)
+        else:
+            tensors = {"qweight": pack_awq_words(integers.T), "qzeros": pack_awq_words(zeros)}
+        tensors["scales"] = self.settled.scales.T.contiguous()
+        if self.has_index:
+            groups = torch.arange(self.in_features, device=zeros.device) // (self.in_features // len(zeros))
+            groups = groups if order is None else groups[order.long().argsort()]
+            tensors["g_idx"] = groups.int()
+        return tensors if self.bias is None else {**tensors, "bias": self.bias.data}
+
+    @torch.no_grad()
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The weight, (out, in)."""
+        if self.settled is not None:
+            return self.settled.unpack(dtype)
         unpack = unpack_gptq if self.method == "gptq" else unpack_awq
         packed = self.qweight, self.qzeros, self.scales, self.groups()
         return unpack(*packed, bits=self.bits, zero_offset=self.zero_offset, dtype=dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight, (out, in) in float32, unpacked at each call; not a parameter."""
+        return self.unpack(torch.float32)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.unpack(x.dtype), bias)
+        if torch.is_grad_enabled() and x.requires_grad:
+            output = _FrozenProduct.apply(x, self)
+        elif self.settled is not None:
+            output = self.settled(x)
+        else:
+            output = multiply(x, self.unpack(x.dtype))
+        return output if self.bias is None else output + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.method}, {self.bits} bits"
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """A product with a packed weight, which is unpacked again for the gradient instead of being kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, linear: PackedLinear) -> Tensor:
+        """(..., in) -> (..., out)."""
+        ctx.linear = linear
+        return multiply(x, linear.unpack(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        """(..., out) -> (..., in)."""
+        return gradient @ ctx.linear.unpack(gradient.dtype), None
+
+
+def _add_file_tensors(module: PackedLinear, state_dict: dict, prefix: str, _) -> None:
+    """Put the tensors of the format into a state dict, also for a settled weight."""
+    if module.settled is not None:
+        state_dict.update({f"{prefix}{name}": value for name, value in module.file_tensors().items()})
+
+
+def _expect_file_tensors(module: PackedLinear, *_) -> None:
+    """Make room in a settled linear for the tensors of a state dict."""
+    if module.settled is not None:
+        tensors = module.file_tensors()
+        module._hold({**tensors, "scales": tensors["scales"].float()})
+        module.settled = None
+
+
+def _settle_again(module: PackedLinear, _) -> None:
+    if module.qweight.device.type != "meta":
+        module.settle()
+
+
+def _smallest(scales: Tensor) -> Tensor:
+    """Scales in the half type that holds them exactly, if one does."""
+    halves = (scales.to(dtype) for dtype in (torch.float16, torch.bfloat16))
+    return next((half for half in halves if torch.equal(half.to(scales.dtype), scales)), scales)
 
 
 def _constant(tensor: Tensor | None) -> nn.Parameter | None:
@@ -376,6 +519,78 @@ def our_linear(name: str) -> str:
     return f"{name.removesuffix('.linear')}.linear"
 
 
+def settle_linears(model: nn.Module, headers: Mapping[str, TensorHeader]) -> None:
+    """Put each `PackedLinear` in the order of its device's kernel, one at a time; offloaded ones stay.
+
+    Args:
+        headers: of the tensors in the file. Packed words are read anew from a safetensors file that names
+            them, so that the pages of the file, which is mapped as long as the model is loaded, stay on disk.
+
+    Raises:
+        ValueError: a bias isn't zero, or a group index is wrong; says whose.
+    """
+    files = {our_linear(name.removesuffix(".qweight")): name for name in headers if name.endswith(".qweight")}
+    for name, module in packed_linears(model):
+        if module.qweight.device.type == "meta":
+            continue
+        stored = files[name]
+        path = headers[stored].file
+        with naming(name):
+            if path is None or path.suffix != ".safetensors":
+                module.settle()
+                continue
+            with safe_open(path, framework="pt") as file:
+                module.settle(file.get_tensor(stored))
+
+
+def packed_linears(model: nn.Module) -> list[tuple[str, PackedLinear]]:
+    """The packed linears of a model by name, without a bias of zeros.
+
+    Raises:
+        ValueError: a bias isn't zero; says whose.
+    """
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    for name, module in found:
+        if module.bias is not None and module.bias.device.type != "meta":
+            if module.bias.any():
+                raise ValueError(f"the weights don't fit this model; tensors: 1 unexpected: {name}.bias")
+            module.bias = None
+    return found
+
+
+def packing_fields(model: nn.Module) -> dict | None:
+    """The `quantization_config` of a model with packed weights; `None` without any."""
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    if not linears:
+        return None
+    first = linears[0]
+    sizes = {-1 if each.group_size == each.in_features else each.group_size for each in linears}
+    fields = {"quant_method": first.method, "bits": first.bits}
+    if len(sizes) == 1:  # else the shapes say it
+        fields["group_size"] = sizes.pop()
+    if first.method == "awq":
+        return {**fields, "zero_point": True, "version": "gemm"}
+    format_name = "gptq" if first.zero_offset else "gptq_v2"
+    in_order = all(each.in_order for each in linears)
+    return {**fields, "desc_act": not in_order, "sym": False, "checkpoint_format": format_name}
+
+
+def add_to_config(directory: str | os.PathLike, fields: dict) -> None:
+    """Add fields to the `config.json` of a directory."""
+    path = Path(directory, "config.json")
+    config = {**json.loads(path.read_text(encoding="utf-8")), **fields}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Begin the message of a `ValueError` with the name of what it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+
+
 def unpack_linears(model: nn.Module, dtype: torch.dtype) -> None:
     """Put a plain linear in place of each `PackedLinear`, one at a time, except those that are offloaded.
 
@@ -384,19 +599,13 @@ def unpack_linears(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         ValueError: a bias isn't zero, or a group index is wrong; says whose.
     """
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, PackedLinear):
-            continue
-        if module.bias is not None and module.bias.device.type != "meta" and module.bias.any():
-            raise ValueError(f"the weights don't fit this model; tensors: 1 unexpected: {name}.bias")
+    for name, module in packed_linears(model):
         module.requires_grad_(False)
-        if module.qweight.device.type == "meta":
+        if module.settled is None and module.qweight.device.type == "meta":
             continue
-        try:
+        with naming(name):
             weight = module.unpack(dtype)
-        except ValueError as error:
-            raise ValueError(f"{name}.{error}") from error
-        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        plain = Linear(module.in_features, module.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(weight)
         model.set_submodule(name, plain.train(module.training))
     vars(model).pop("_weight_conversions", None)  # the renamings that the packed file needed
@@ -409,6 +618,14 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     """(rows, words) of 32 bits -> (rows, words * 32 / bits) integers from 0, lowest bits first."""
     shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=words.device)
     return ((words[..., None] >> shifts) & (2**bits - 1)).flatten(1)
+
+
+def pack_words(integers: Tensor, bits: int) -> Tensor:
+    """(rows, values) integers from 0 -> (rows, values * bits / 32) words of 32 bits, lowest bits first."""
+    words = integers.unflatten(1, (-1, WORD // bits)).to(torch.int64)
+    shifts = torch.arange(0, WORD, bits, device=integers.device)
+    packed = (words << shifts).sum(-1)
+    return torch.where(packed < 2 ** (WORD - 1), packed, packed - 2**WORD).int()
 
 
 def unpack_gptq(
@@ -466,6 +683,12 @@ def _unpack_awq_words(words: Tensor, bits: int) -> Tensor:
     """(rows, words) -> (rows, words * 8), each word's nibbles in the order of the outputs."""
     nibbles = unpack_words(words, bits).unflatten(1, (-1, len(_AWQ_ORDER)))
     return nibbles[..., torch.tensor(_AWQ_ORDER).argsort()].flatten(1)
+
+
+def pack_awq_words(integers: Tensor) -> Tensor:
+    """(rows, outputs) -> (rows, outputs / 8): the inverse of unpacking AWQ's words."""
+    outputs = integers.unflatten(1, (-1, len(_AWQ_ORDER)))[..., torch.tensor(_AWQ_ORDER)]
+    return pack_words(outputs.flatten(1), WORD // len(_AWQ_ORDER))
 
 
 def _inputs_per_group(num_inputs: int, num_groups: int, packing: Packing) -> int:

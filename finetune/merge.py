@@ -43,7 +43,7 @@ def merge(
         raise FileExistsError(f"{target} already exists; choose another directory")
     base = base or base_of(adapter)
     kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
-    model = class_of(adapter).from_pretrained(base, **kind)
+    model = class_of(adapter).from_pretrained(base, dequantize=True, **kind)
     merged = load_adapter(model, adapter).merge_and_unload(safe_merge=True)
     tokenizer = InternLMXComposer2Tokenizer.from_pretrained(base)
     save_model(merged, tokenizer, card_of(adapter, base), target, max_shard_size)

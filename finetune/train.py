@@ -201,6 +201,7 @@ def load_model(arguments: ModelArguments, training: TrainArguments, task: Task =
         # A whole chat model is saved with all its task adapters; other models have no modes to use them in.
         adapters=modes if is_lora or task.heads else None,
         quantization_config=quantized,
+        dequantize=True,  # of a GPTQ or AWQ checkpoint
         device_map={"": training.device} if quantized else None,
         **({"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}),
     )

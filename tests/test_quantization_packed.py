@@ -1,11 +1,20 @@
 """GPTQ and AWQ checkpoints: the arithmetic, whole models in every layout on disk, and damaged files."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
-from helpers import FAMILIES, VERSION_OF_FAMILY, published_config, recipe_state_dict, tiny_config, tiny_model
+from helpers import (
+    FAMILIES,
+    VERSION_OF_FAMILY,
+    published_config,
+    random_pictures,
+    recipe_state_dict,
+    tiny_config,
+    tiny_model,
+)
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
 from internlm_xcomposer2 import quantization_internlm_xcomposer2 as quantization
 from internlm_xcomposer2.quantization_internlm_xcomposer2 import PackedLinear, packing_of, unpacked_shapes
@@ -16,6 +25,13 @@ from transformers import AutoModel, BitsAndBytesConfig, GenerationConfig
 
 GPTQ_FIELDS = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}
 AWQ_FIELDS = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 16, "zero_point": True}
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}  # the 4-bit kernels take these
+
+
+def packed_of(model):
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
 
 
 def shapes_of(tensors):
@@ -198,29 +214,47 @@ def test_a_state_dict(tiny_packed):
     assert packed.keys() == before.keys() and all(torch.equal(packed[name], before[name]) for name in packed)
 
 
-def test_saving_writes_a_plain_published_checkpoint(tmp_path, tiny_packed):
-    packed, fields, expected = tiny_packed
-    write_published(tmp_path / "packed", packed, {**fields, "quantization_config": GPTQ_FIELDS})
-    model = AutoModel.from_pretrained(tmp_path / "packed", dtype="float32")
-    model.save_pretrained(tmp_path / "plain")
-    saved = load_file(tmp_path / "plain" / "model.safetensors")
-    assert {name for name in saved if "linear" in name or "qweight" in name} == set()
-    assert saved["model.layers.1.feed_forward.w2.weight"].shape == (32, 64)
-    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
-    again = AutoModel.from_pretrained(tmp_path / "plain")
-    assert torch.equal(logits_of(again), expected)
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("suffix", ["", ".linear"])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_saving_writes_the_packed_weights_as_they_were_read(tmp_path, method, suffix, act_order):
+    model = tiny_model("2.5", **WIDE)
+    options = {"group_size": 32, "suffix": suffix, "act_order": act_order and method == "gptq"}
+    packed, _ = pack_checkpoint(published_weights(model), method, **options)
+    write_published(tmp_path / "packed", packed, flat_config(model))
+    loaded = AutoModel.from_pretrained(tmp_path / "packed", dtype="float32")
+    assert all(module.settled is not None for module in packed_of(loaded))
+    loaded.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    for name, value in packed.items():
+        linear, _, part = name.rpartition(".")
+        if part in quantization.FILE_TENSORS:
+            assert torch.equal(saved[f"{linear.removesuffix('.linear')}.linear.{part}"], value)
+    fields = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert (fields["quant_method"], fields["bits"], fields["group_size"]) == (method, 4, 32)
+    again = AutoModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits_of(again), logits_of(loaded))
+    assert all(module.settled is not None for module in packed_of(again))
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("suffix", ["", ".linear"])
-def test_saved_names_are_the_published_ones_whichever_the_packed_file_has(tmp_path, method, suffix):
-    model = tiny_model("2.5")
+@pytest.mark.parametrize("later", [False, True])
+def test_dequantized_weights_are_saved_as_a_plain_published_checkpoint(tmp_path, method, suffix, later):
+    model = tiny_model("2.5", **WIDE)
     published = published_weights(model)
-    packed, _ = pack_checkpoint(published, method, suffix=suffix)
-    assert any(f".wqkv{suffix}.qweight" in name for name in packed)
+    packed, plain = pack_checkpoint(published, method, group_size=32, suffix=suffix)
     write_published(tmp_path / "packed", packed, flat_config(model))
-    AutoModel.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "plain")
+    loaded = AutoModel.from_pretrained(tmp_path / "packed", dtype="float32", dequantize=not later)
+    loaded = loaded.dequantize() if later else loaded
+    assert not packed_of(loaded)
+    loaded.save_pretrained(tmp_path / "plain")
     assert load_file(tmp_path / "plain" / "model.safetensors").keys() == published.keys()
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    again = AutoModel.from_pretrained(tmp_path / "plain")
+    assert torch.equal(logits_of(again), expected_logits(plain, flat_config(model)))
+    with pytest.raises(ValueError, match="first quantize"):
+        again.dequantize()
 
 
 def test_dtypes(tmp_path, tiny_packed):
@@ -275,7 +309,7 @@ def test_each_weight_is_unpacked_once_and_not_copied(tmp_path, tiny_packed, monk
     packed, fields, _ = tiny_packed
     write_published(tmp_path, packed, fields)
     addresses = count_unpacked(monkeypatch)
-    model = AutoModel.from_pretrained(tmp_path, dtype="float32")
+    model = AutoModel.from_pretrained(tmp_path, dtype="float32", dequantize=True)
     linears = [module for name, module in model.named_modules() if name.endswith(".linear")]
     assert len(addresses) == 10
     assert {linear.weight.data_ptr() for linear in linears} == set(addresses)
@@ -286,6 +320,133 @@ def test_quantising_again_is_rejected(tmp_path, tiny_packed):
     write_published(tmp_path, packed, {**fields, "quantization_config": GPTQ_FIELDS})
     with pytest.raises(ValueError, match="already have 4 bits, by gptq; leave quantization_config out"):
         AutoModel.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+# ---- packed in memory ----
+
+
+@pytest.fixture(scope="module", params=["gptq", "gptq, any order", "awq"])
+def wide_packed(request, tmp_path_factory):
+    """A model of 2.5 that the 4-bit kernels take, packed: its directory, and its twin with plain weights."""
+    method, _, act_order = request.param.partition(", ")
+    model = tiny_model("2.5", task_adapters={"sft": 3, "dpo": 2, "web": 5}, **WIDE)
+    packed, plain = pack_checkpoint(
+        published_weights(model), method, group_size=32, act_order=bool(act_order)
+    )
+    folder = tmp_path_factory.mktemp("packed")
+    config = InternLMXComposer2ForCausalLM.config_class.from_dict(flat_config(model))
+    write_published(folder, packed, flat_config(model))
+    twin = InternLMXComposer2ForCausalLM.from_pretrained(
+        None, config=config, state_dict=plain, dtype="float32"
+    )
+    return folder, twin
+
+
+def decode_logits(model, dtype=None):
+    """Logits of some ids, read one at a time, as in a decoding step."""
+    cache, logits = None, []
+    for token in (1, 50, 60, 70, 80, 90):
+        output = model(torch.tensor([[token]]), cache=cache, use_cache=True)
+        cache = output.get("cache", output.get("past_key_values"))
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1).float()
+
+
+@torch.no_grad()
+def test_packed_weights_stay_packed_and_give_the_numbers_of_plain_ones(wide_packed):
+    folder, twin = wide_packed
+    model = AutoModel.from_pretrained(folder, dtype="float32")
+    linears = packed_of(model)
+    assert len(linears) == 10 and all(linear.settled.codes.dtype == torch.uint8 for linear in linears)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    held = sum(buffer.nbytes for linear in linears for buffer in linear.buffers())
+    assert held < 0.4 * sum(2 * linear.in_features * linear.out_features for linear in linears)
+    assert torch.equal(logits_of(model), logits_of(twin))
+    torch.testing.assert_close(decode_logits(model), decode_logits(twin), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_4_bit_kernel_rounds_no_more_than_its_type(wide_packed, dtype):
+    """Decoding with the kernel is as near to float32 as decoding with plain weights of the same type."""
+    folder, twin = wide_packed
+    exact = decode_logits(twin)
+    plain = AutoModel.from_pretrained(folder, dtype=dtype, dequantize=True)
+    model = AutoModel.from_pretrained(folder, dtype=dtype)
+    rounding = (decode_logits(plain.bfloat16()) - exact).std()
+    assert (decode_logits(model) - exact).std() < 1.5 * rounding < 0.1 * exact.std()
+    assert torch.equal(decode_logits(model).argmax(-1), exact.argmax(-1))
+
+
+@torch.no_grad()
+def test_casting_a_model_leaves_packed_weights_alone(wide_packed):
+    folder, _ = wide_packed
+    model = AutoModel.from_pretrained(folder, dtype="float32")
+    expected = {name: value.clone() for linear in packed_of(model) for name, value in linear.named_buffers()}
+    logits = logits_of(model)
+    model.half().to(torch.bfloat16).double().float()
+    found = {name: value for linear in packed_of(model) for name, value in linear.named_buffers()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert (logits_of(model) - logits).abs().max() < 0.1  # the rest went through half types
+    model = AutoModel.from_pretrained(folder, dtype="bfloat16")
+    expected = logits_of(model)
+    assert torch.equal(logits_of(copy.deepcopy(model)), expected)
+    assert packed_of(model.to("meta"))[0].settled.codes.device.type == "meta"
+
+
+@torch.no_grad()
+def test_a_packed_model_loads_a_state_dict(wide_packed):
+    folder, _ = wide_packed
+    model, other = (AutoModel.from_pretrained(folder, dtype="float32") for _ in range(2))
+    expected = logits_of(model)
+    for linear in packed_of(other):
+        linear.settled.scales.mul_(2)
+        linear.settled.scales_and_zeros.mul_(2)
+    assert not torch.equal(logits_of(other), expected)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits_of(other), expected)
+    assert all(linear.settled is not None for linear in packed_of(other))
+
+
+def test_gradients_pass_through_packed_weights(wide_packed):
+    folder, twin = wide_packed
+    model = AutoModel.from_pretrained(folder, dtype="float32")
+    name = "model.layers.0.attention.wqkv.Plora_A.weight"
+    gradients = []
+    for each in (model, twin):
+        each.zero_grad()
+        weight = each.get_parameter(name)
+        each(**picture_inputs(each)).logits.square().mean().backward()
+        gradients.append(weight.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_image_mask_reaches_every_packed_linear(wide_packed):
+    folder, _ = wide_packed
+    model = AutoModel.from_pretrained(folder, dtype="float32")
+    for layer in model.model.layers:
+        for linear in (
+            layer.attention.wqkv,
+            layer.attention.wo,
+            layer.feed_forward.w1,
+            layer.feed_forward.w2,
+        ):
+            x = torch.randn(1, 6, linear.in_features, generator=torch.Generator().manual_seed(0))
+            mask = torch.tensor([[False, True, True, False, True, False]])
+            added = linear.Plora_B(linear.Plora_A(x)) * linear.lora_scaling
+            expected = linear.linear(x) + added * mask[..., None]
+            torch.testing.assert_close(linear(x, mask), expected, rtol=0, atol=1e-6)
+            assert added.abs().min() > 0
+
+
+def picture_inputs(model):
+    pixel_values, grids = random_pictures(model, [(1, 1)])
+    places = [model.config.image_token_id] * model.num_image_tokens(1, 1)
+    ids = torch.tensor([[1, *places, 60, 70, 80]])
+    return {"input_ids": ids, "pixel_values": pixel_values, "image_grid_hw": grids}
 
 
 # ---- what a checkpoint says, and damaged ones ----
