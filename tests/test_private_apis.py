@@ -235,7 +235,7 @@ def _():
         def _apply(self, function, recurse=True):
             return super()._apply(lambda tensor: 2 * function(tensor), recurse)
 
-    for convert in (nn.Module.half, lambda module: module.to("cpu"), lambda module: module.to(torch.bfloat16)):
+    for convert in (nn.Module.half, nn.Module.cpu, lambda module: module.to(torch.bfloat16)):
         linear = Doubling(4, 4)
         before = linear.weight.detach().clone()
         assert torch.equal(convert(linear).weight, 2 * before.to(linear.weight.dtype))
