@@ -7,8 +7,10 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers.utils import logging
@@ -46,18 +48,18 @@ _BARE_WORDS = r"""(?:(?!&quot;|&\#)[^\s"'<>()`\\])*(?<![,.;])"""
 _QUOTED_LINK = re.compile(rf"""(?<=(?P<quote>["'])){_RANDOM_PICTURE}/?\?{_QUOTED_WORDS}""")
 _BARE_LINK = re.compile(rf"{_RANDOM_PICTURE}(?:/?\?{_BARE_WORDS}|(?![\w/?-])|/(?![\w?-]))")
 
-_SCRIPT = re.compile(
-    r"<script\b(?P<attributes>[^>]*)>(?P<body>.*?)(?P<end></script\s*>|\Z)", re.DOTALL | re.IGNORECASE
-)
+_SCRIPT_START = re.compile(r"<script\b", re.IGNORECASE)
+_SCRIPT_END = re.compile(r"</script\s*>", re.IGNORECASE)
 _OTHER_LANGUAGE = re.compile(
     r"""(?<![\w-])type\s*=\s*["']?(?!["']|module\b|(?:text|application)/(?:java|ecma)script)\w""",
     re.IGNORECASE,
 )
 _SOURCE = re.compile(r"(?<![\w-])src\s*=", re.IGNORECASE)
 _PAGE_END = re.compile(r"</html\s*>", re.IGNORECASE)
-_FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = "```"
 
 MAX_RESUME_BYTES = 4 << 20  # several times what the longest context holds
+PAGE_ROOM = 1 << 20  # bytes that a directory must have room for; the longest answers have a tenth
 MAX_NAME_BYTES = 255  # of common file systems
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
 _DEVICES = frozenset(
@@ -373,26 +375,44 @@ def _writable_directory(output_dir: str | os.PathLike | None) -> Path:
     if not directory.is_dir():
         raise NotADirectoryError(f"output_dir {directory} is not a directory")
     try:
-        tempfile.TemporaryFile(dir=directory).close()
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(PAGE_ROOM))
+            file.flush()
+            os.fsync(file.fileno())  # some file systems notice only now that they are full
     except OSError as error:
         raise OSError(
             error.errno,
-            "this directory is not writable; pass another output_dir or save=False",
+            f"this directory is not writable, or has no room for a page ({error.strerror}); pass another "
+            "output_dir or save=False",
             directory,
         ) from error
     return directory
 
 
+class UnsavedPageError(OSError):
+    """A page that was written by the model but couldn't be saved; its `text` is the page."""
+
+    text: str = ""
+
+
 def save_page(page: str, path: Path) -> None:
-    """Write as UTF-8, whole or not at all."""
+    """Write as UTF-8, whole or not at all.
+
+    Raises:
+        UnsavedPageError: the disk is full or can't be written to. The error has the page as its `text`.
+    """
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "x", encoding="utf-8", newline="") as file:
             file.write(page)
         os.replace(temporary, path)
-    except BaseException:
+    except OSError as error:
+        reason = f"{error.strerror or error}: the page wasn't saved; this error has it as its text"
+        unsaved = UnsavedPageError(error.errno, reason, os.fspath(path))
+        unsaved.text = page
+        raise unsaved from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_resume(path: str | os.PathLike) -> str:
@@ -441,33 +461,58 @@ def rewrite_image_links(page: str, service: str = "picsum") -> str:
 # ---- scripts ----
 
 
+class Script(NamedTuple):
+    """A script element of a page: what it holds, where it starts, and where its body ends."""
+
+    attributes: str
+    body: str
+    start: int
+    end: int
+    is_closed: bool  # by an end tag
+
+    @property
+    def is_code(self) -> bool:
+        """Whether it holds JavaScript itself, rather than a link to a file or data."""
+        text = self.attributes
+        return not text or not (_SOURCE.search(text) or _OTHER_LANGUAGE.search(text))
+
+
+def find_scripts(page: str) -> Iterator[Script]:
+    """The script elements of a page, in one pass over it, whatever it holds; the last may be left open."""
+    position = 0
+    while start := _SCRIPT_START.search(page, position):
+        body = page.find(">", start.end()) + 1
+        if not body:
+            return
+        end = _SCRIPT_END.search(page, body)
+        position, last = (end.end(), end.start()) if end else (len(page), len(page))
+        attributes = page[start.end() : body - 1]
+        yield Script(attributes, page[body:last], start.start(), last, end is not None)
+
+
 def merge_scripts(page: str, answer: str) -> str:
     """Put the JavaScript of an answer into a page.
 
     It goes to the end of the page's last script that holds code, else before `</html>`, else to the very end.
     Scripts that only refer to a file stay separate elements.
     """
-    found = list(_SCRIPT.finditer(answer))
-    files = [
-        f"<script{match['attributes']}></script>" for match in found if _SOURCE.search(match["attributes"])
-    ]
-    bodies = [match["body"] for match in found if _is_code(match)] if found else [_unfence(answer)]
+    found = list(find_scripts(answer))
+    files = [f"<script{each.attributes}></script>" for each in found if _SOURCE.search(each.attributes)]
+    bodies = [each.body for each in found if each.is_code] if found else [_unfence(answer)]
     code = join_scripts(bodies)
     page, home = _last_code(page)
     if home is None:
         elements = [*files, *([f"<script>\n{code}\n</script>"] if code else [])]
         return _insert(page, "\n".join(elements), _end_of_page(page))
     if code:
-        page = _insert(page, _separated(home["body"], code), home.end("body"))
-    return _insert(page, "\n".join(files), home.start())
+        page = _insert(page, _separated(home.body, code), home.end)
+    return _insert(page, "\n".join(files), home.start)
 
 
 def join_scripts(bodies: list[str]) -> str:
     """One script out of several."""
-    joined = ""
-    for body in filter(None, map(str.strip, bodies)):
-        joined = f"{joined}\n{_separated(joined, body)}" if joined else body
-    return joined
+    pieces = [body for body in map(str.strip, bodies) if body]
+    return "\n".join([*pieces[:1], *(_separated(*pair) for pair in pairwise(pieces))])
 
 
 def _separated(before: str, code: str) -> str:
@@ -476,18 +521,12 @@ def _separated(before: str, code: str) -> str:
     return f";\n{code}" if before and not before.endswith(";") and code[0] in "([`+-/" else code
 
 
-def _is_code(script: re.Match) -> bool:
-    """Whether an element holds JavaScript itself, rather than a link to a file or data."""
-    attributes = script["attributes"]
-    return not _SOURCE.search(attributes) and not _OTHER_LANGUAGE.search(attributes)
-
-
-def _last_code(page: str) -> tuple[str, re.Match | None]:
+def _last_code(page: str) -> tuple[str, Script | None]:
     """The page, and its last script that holds code; one left open is closed and not counted."""
-    scripts = list(_SCRIPT.finditer(page))
-    if scripts and not scripts[-1]["end"]:
+    scripts = list(find_scripts(page))
+    if scripts and not scripts[-1].is_closed:
         return f"{page.rstrip()}\n</script>\n", None
-    return page, next(filter(_is_code, reversed(scripts)), None)
+    return page, next((each for each in reversed(scripts) if each.is_code), None)
 
 
 def _end_of_page(page: str) -> int:
@@ -506,5 +545,17 @@ def _insert(page: str, text: str, position: int) -> str:
 
 def _unfence(answer: str) -> str:
     """The inside of Markdown fences, or the whole answer if there are none."""
-    blocks = _FENCED.findall(answer)
+    blocks = list(_fenced(answer))
     return join_scripts(blocks) if blocks else answer
+
+
+def _fenced(answer: str) -> Iterator[str]:
+    """What is inside each fence, after the rest of its line; the last may be left open."""
+    position = 0
+    while (fence := answer.find(_FENCE, position)) >= 0:
+        start = answer.find("\n", fence) + 1
+        if not start:
+            return
+        end = answer.find(_FENCE, start)
+        yield answer[start : end if end >= 0 else len(answer)]
+        position = end + len(_FENCE) if end >= 0 else len(answer)

@@ -397,7 +397,7 @@ if place == "weights":
     save = FinetuneTrainer.save_model
     def save_model(self, output_dir=None, **kwargs):
         save(self, output_dir, **kwargs)
-        die() if output_dir else None
+        die() if "final" in str(output_dir) else None
     FinetuneTrainer.save_model = save_model
 elif place == "files":
     saving.describe_checkpoint = die

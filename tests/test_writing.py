@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -100,6 +101,37 @@ def test_scripts_join_the_page(page, answer, merged):
     assert merge_scripts(page, answer) == merged
 
 
+# What a hostile answer repeats: starts without ends, fences without lines, spaces within tags.
+UNITS = [
+    "<script",
+    "<script ",
+    "<script>",
+    "<script src=",
+    "</script",
+    "</script ",
+    "```",
+    "```\n",
+    "```\na\n",
+]
+UNITS += ["<script>a</script>", '<script src="a"></script>', " ", "<", "</html ", "type=", "type ", "`", '"']
+UNITS += [f"'{UNSPLASH}?", f"{UNSPLASH}/?a ", f'"{UNSPLASH}? 11 ', "https://source.unsplash.com/random/", "1"]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_anything_takes_a_second_for_each_megabyte_at_most(unit):
+    text = unit * (300_000 // len(unit))
+    attribute = f"<script type{text}>"
+    for page, answer in (
+        (text, "b()"),
+        ("<html></html>", text),
+        (attribute, attribute),
+        (UNSPLASH + text, ""),
+    ):
+        started = time.process_time()
+        rewrite_image_links(merge_scripts(page, answer))
+        assert time.process_time() - started < len(page + answer) / 1_000_000 + 0.3
+
+
 def test_joined_scripts_stay_separate():
     assert join_scripts(["a()", " ", "\nb();\n", "[c]"]) == "a()\nb();\n[c]"
     assert join_scripts(["a = b", "`c`.d()"]) == "a = b\n;\n`c`.d()"
@@ -159,6 +191,46 @@ def test_page_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
         save_page("other", path)
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
     assert path.read_text() == "new"
+
+
+class FullDisk:
+    """A file of a disk that is full: it can be made, but not filled."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def write(self, content):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("method", ["write_webpage", "resume_2_webpage", "screen_2_webpage"])
+def test_a_full_disk_is_noticed_before_any_compute(idle, resume, monkeypatch, tmp_path, method):
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: FullDisk())
+    arguments = (resume, None) if method == "resume_2_webpage" else ("red", SCREENSHOT)
+    with pytest.raises(
+        OSError, match="no room for a page .No space left on device.; pass another output_dir"
+    ):
+        getattr(idle, method)(*arguments, output_dir=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["resume.md"]
+
+
+def test_a_page_that_cannot_be_saved_is_in_the_error(writer, monkeypatch, tmp_path):
+    (tmp_path / "red.html").write_text("old")
+
+    def fill(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fill)
+    options = {"task": "red", "output_dir": tmp_path, "do_sample": False, "num_beams": 1, "max_new_tokens": 3}
+    expected = writer.write_webpage("red", save=False, **{**options, "output_dir": None})
+    with pytest.raises(OSError, match="No space left on device: the page wasn't saved.*red.html") as caught:
+        writer.write_webpage("red", **options)
+    assert caught.value.text == expected and caught.value.errno == 28
+    assert [file.name for file in tmp_path.iterdir()] == ["red.html"]
+    assert (tmp_path / "red.html").read_text() == "old"
 
 
 def test_read_resume(tmp_path):
