@@ -40,14 +40,16 @@ from .image_processing_internlm_xcomposer2 import Visual
 from .ixc_utils import check_hd_num
 from .media_internlm_xcomposer2 import MediaSource, load_image
 from .prompt_internlm_xcomposer2 import (
+    CHARACTERS_PER_TOKEN,
     ChatPrompt,
+    check_characters,
     check_tokenizer,
     context_length,
     cut_response,
     join_prompt,
 )
 from .sources_internlm_xcomposer2 import PictureSource, as_source, find_candidates
-from .tokenization_internlm_xcomposer2 import IMAGE_MARK
+from .tokenization_internlm_xcomposer2 import IMAGE_MARK, markup_of
 from .writing_internlm_xcomposer2 import NO_SEED, check_seed, seeded_generators
 
 NUM_CANDIDATES = 4
@@ -137,7 +139,7 @@ class Composer:
             raise ValueError(f"choose_by must be 'logits' or 'text', not {choose_by!r}")
         self.hd_num = min(self.rules.hd_num, self.config.hd_num) if hd_num is None else check_hd_num(hd_num)
         self.seed, self.choose_by, self.reuse, self.adds_spots = seed, choose_by, reuse, fill_spots
-        self.meta = META_INSTRUCTION if use_meta else ""
+        self.markup, self.meta = markup_of(self.tokenizer), META_INSTRUCTION if use_meta else ""
         self.infer_mode = self.rules.infer_mode if infer_mode is None else infer_mode
         self.max_new_tokens = max_new_tokens
         self.settings = {**self.rules.sampling, **settings}
@@ -281,9 +283,8 @@ class Composer:
         step = self.rules.spots
         front = [piece for image in images for piece in (image, " ")]
         prompts = [
-            build_prompt(
+            self._build(
                 step,
-                self.meta,
                 pictures=front,
                 lines=number_lines(lines, start),
                 count="" if wanted is None else wanted,
@@ -310,7 +311,7 @@ class Composer:
         step = self.rules.caption
         past = earlier_captions(captions)
         prompts = [
-            build_prompt(step, self.meta, lines=number_lines(seen, start), past=past, line=line)
+            self._build(step, lines=number_lines(seen, start), past=past, line=line)
             for start in range(line + 1)
         ]
         answer = self._ask(step, self._fit(step, prompts), f"caption {line}", keep="text")
@@ -379,7 +380,7 @@ class Composer:
             raise ValueError(f"{action} needs an outline of the new paragraph; pass it as material")
         lines = ["", *article.lines, ""]
         around = {"before": lines[index], "text": paragraph.text, "after": lines[index + 2]}
-        prompt = build_prompt(edits[action], self.meta, **around, material=material)
+        prompt = self._build(edits[action], **around, material=material)
         key = f"{action} {index}"
         answer = self._ask(edits[action], self._fit(edits[action], [prompt]), key, infer_mode="base")
         text = answer.replace("\n", " ").strip()
@@ -401,16 +402,19 @@ class Composer:
 
     # ---- prompts and answers ----
 
+    def _build(self, step: Step, **values) -> ComposerPrompt:
+        return build_prompt(step, self.markup, self.meta, **values)
+
     def _article_prompt(self, instruction: str, images: Sequence[Image.Image]) -> ChatPrompt:
         pictures = [piece for image in images for piece in (" ", image)][1:]
         step = self.rules.article
-        return self._fit(step, [build_prompt(step, self.meta, pictures=pictures, instruction=instruction)])
+        return self._fit(step, [self._build(step, pictures=pictures, instruction=instruction)])
 
     def _choice_prompt(self, step: Step, article: Article, line: int) -> ChatPrompt:
         chosen = {i: p.chosen.image for i, p in article.pictures.items() if p.chosen is not None}
         offer = offer_pictures([one.image for one in article.pictures[line].candidates])
         prompts = [
-            build_prompt(step, self.meta, text=text_so_far(article.lines, line, chosen, start), offer=offer)
+            self._build(step, text=text_so_far(article.lines, line, chosen, start), offer=offer)
             for start in range(line + 1)
         ]
         return self._fit(step, prompts)
@@ -423,7 +427,11 @@ class Composer:
         """
         reserve = 1 if step is self.rules.article else step.max_new_tokens
         limit = min(self.rules.max_prompt, context_length(self.config) - reserve)
+        check_characters(self.tokenizer, prompts[-1].texts, limit)
         for prompt in prompts:
+            is_far_too_long = sum(map(len, prompt.texts)) > CHARACTERS_PER_TOKEN * limit
+            if is_far_too_long and prompt is not prompts[-1]:
+                continue
             visuals = [Visual(image=image, layout=self.rules.layout) for image in prompt.pictures]
             # One BOS at the very start, in every version of the demos.
             args = self.config, self.tokenizer, prompt.texts, visuals, self.hd_num

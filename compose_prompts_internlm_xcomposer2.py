@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from PIL import Image
 
 from .prompt_internlm_xcomposer2 import format_prompt
+from .tokenization_internlm_xcomposer2 import Markup
 
 # ---- what the versions ask ----
 
@@ -176,17 +177,22 @@ class ComposerPrompt:
 Piece = str | Image.Image
 
 
-def build_prompt(step: Step, meta: str = "", **values: str | int | Sequence[Piece]) -> ComposerPrompt:
+def build_prompt(
+    step: Step, markup: Markup, meta: str = "", **values: str | int | Sequence[Piece]
+) -> ComposerPrompt:
     """The prompt of a step: its question with the values in place of the names, and how the answer begins.
 
     Args:
+        markup: what is plain text in the values.
         meta: the system text of steps that have none of their own.
         values: a text, or texts and pictures in order.
     """
     pieces: list[Piece] = []
     for literal, name, _, _ in string.Formatter().parse(step.question):
         value = "" if name is None else values[name]
-        pieces += [literal, *([str(value)] if isinstance(value, str | int) else value)]
+        said = [str(value)] if isinstance(value, str | int) else value
+        plain = [markup.hide(piece, with_marks=True) if isinstance(piece, str) else piece for piece in said]
+        pieces += [literal, *plain]
     turn = format_prompt("\0", (), meta if step.system is None else step.system)
     before, after = turn.split("\0")
     texts, pictures = [""], []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
+from transformers import TextStreamer
 
 from ..cache_internlm_xcomposer2 import ChatHistory
 from ..ixc_utils import draw_boxes, parse_boxes
@@ -25,6 +26,7 @@ from ..writing_internlm_xcomposer2 import NO_SEED, check_seed, seeded_generators
 from .engine import Engine, add_decoding_options, add_engine_options, decoding_settings, load_engine
 
 GREEDY = {"do_sample": False}
+_SHOWN = {"skip_prompt": True, "skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 BATCH_SIZE = 4
 
 
@@ -167,32 +169,29 @@ class _Dialogue:
         turns = [(marked, answer) for marked, (_, answer) in zip(earlier, self.history, strict=True)]
         options, seed = self.options, NO_SEED if self.options.seed is None else self.options.seed
         check_seed(seed)
-        stream = self.engine.model.chat_stream(
-            self.engine.tokenizer,
-            query,
-            [*self.pictures, *added],
-            options.hd_num,
-            ChatHistory(turns, self.history.prompt_cache),
-            fps=options.fps,
-            num_frames=options.num_frames,
-            **decoding_settings(options, GREEDY),
-        )
-        with stream, seeded_generators(seed):
-            for text in stream:
-                if not options.json:
-                    print(text, end="", flush=True)
-        self.history, self.waiting = stream.history, []
+        settings = decoding_settings(options, GREEDY)
+        shows = not options.json and settings.get("num_beams", 1) == 1
+        streamer = TextStreamer(self.engine.tokenizer, **_SHOWN) if shows else None
+        with seeded_generators(seed):
+            answer, self.history = self.engine.model.chat(
+                self.engine.tokenizer,
+                query,
+                [*self.pictures, *added],
+                options.hd_num,
+                ChatHistory(turns, self.history.prompt_cache),
+                streamer=streamer,
+                fps=options.fps,
+                num_frames=options.num_frames,
+                **settings,
+            )
+        self.waiting, self.questions, self.counts = [], questions, counts
         self.pictures += added
-        self.questions, self.counts = questions, counts
-        self._finish(question, added, stream.response)
-        return stream.response
-
-    def _finish(self, question: str, pictures: Sequence[str], answer: str) -> None:
-        if not self.options.json:
-            print(flush=True)
-            return
-        row = {"question": question, "pictures": list(pictures), "answer": answer}
-        print(json.dumps({**row, "model": self.engine.source}, ensure_ascii=False), flush=True)
+        if options.json:
+            row = {"question": question, "pictures": added, "answer": answer, "model": self.engine.source}
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+        elif not shows:
+            print(answer, flush=True)
+        return answer
 
 
 def _go_on(dialogue: _Dialogue) -> None:

@@ -10,6 +10,7 @@ import pytest
 from helpers import ROOT, tiny_model
 from internlm_xcomposer2 import InternLMXComposer2ForSequenceClassification
 from internlm_xcomposer2.article_internlm_xcomposer2 import Article
+from internlm_xcomposer2.cache_internlm_xcomposer2 import ChatHistory
 from internlm_xcomposer2.ixc2 import ask, engine, pages
 from internlm_xcomposer2.ixc2.main import main
 from PIL import Image
@@ -106,22 +107,12 @@ def test_one_seed_one_answer(run):
         return run("ask", "Who are you?", "--temperature", "9", "--seed", seed, "--max-new-tokens", "20")[1]
 
     assert answer(1) == answer(1) != answer(2)
+    assert run("ask", "Who are you?", "--beams", "2")[1].startswith("I am nano")
 
 
 def test_boxes_are_drawn(run, nano, monkeypatch):
-    class Stream:
-        response, history = "[100, 100, 900, 900]", ()
-
-        def __iter__(self):
-            return iter([self.response])
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(nano.model, "chat_stream", lambda *args, **kwargs: Stream())
+    answer = "[100, 100, 900, 900]"
+    monkeypatch.setattr(nano.model, "chat", lambda *args, **kwargs: (answer, ChatHistory()))
     assert run("ask", STAR, "Where is the star?", "--draw", "boxes.png")[0] == 0
     side = Image.open(STAR).width
     assert Image.open("boxes.png").getpixel((round(side / 10), side // 2)) == (255, 0, 0)
