@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TypeVar
 
@@ -21,17 +22,20 @@ from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
+from .access_internlm_xcomposer2 import MediaAccess
 from .checkpoint_internlm_xcomposer2 import checkpoint_config, has_file, hub_arguments_in
 from .configuration_internlm_xcomposer2 import IMAGE_PROCESSOR_AUTO_MAP, VERSIONS
 from .ixc_utils import (
     Font,
     check_hd_num,
     composite_frames,
+    frame_size,
     get_font,
     num_image_tokens,
     plan_composite,
     plan_tiles,
     plan_video,
+    shrink_frame,
     square_picture,
     tile_picture,
 )
@@ -186,7 +190,7 @@ class Visual:
             height, width = self.pixels.shape[-2:]
             return height // config.img_size, width // config.img_size
         if self.frames:
-            return grid_of_frames(config, [(frame.height, frame.width) for frame in self.frames])
+            return grid_of_frames(config, [frame_size(frame) for frame in self.frames])
         return grid_of_image(config, self.image.height, self.image.width, hd_num, self.layout)
 
     def identity(self, config, hd_num: int, font: Font | None) -> Hashable:
@@ -286,19 +290,24 @@ def video_visual(source, config, **sampling) -> Visual:
         raise ValueError(
             f"version {config.version} doesn't read videos; pass the frames as pictures, or use 2.5"
         )
-    return Visual(frames=tuple(load_video(source, **sampling)))
+    shrink = partial(shrink_frame, tile_size=config.img_size)
+    return Visual(frames=tuple(load_video(source, each=shrink, **sampling)))
 
 
-def load_media(media: Iterable, config, **sampling) -> list[Visual]:
+def load_media(media: Iterable, config, *, access: MediaAccess | None = None, **sampling) -> list[Visual]:
     """Media that say whether they are videos (`is_video`) and where they are (`source`), loaded.
+
+    Args:
+        access: which files and URLs may be read, `MediaAccess.of()` by default.
+        sampling: `fps` and `max_frames` of videos.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as in `load_image` and `video_visual`.
     """
     return [
-        video_visual(medium.source, config, **sampling)
+        video_visual(medium.source, config, access=access, **sampling)
         if medium.is_video
-        else Visual(image=load_image(medium.source))
+        else Visual(image=load_image(medium.source, access=access))
         for medium in media
     ]
 
@@ -448,12 +457,14 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
         videos=None,
         *,
         hd_num: int | None = None,
+        access: MediaAccess | None = None,
         return_tensors: str | None = None,
     ) -> BatchFeature:
         """Pictures, and videos after them, without a prompt.
 
         Args:
             images, videos: one or a list, from any source of `load_image` and `load_video`.
+            access: which files and URLs may be read, `MediaAccess.of()` by default.
 
         Returns:
             `pixel_values` (tiles, 3, side, side), each picture's global view first, and `image_grid_hw`
@@ -469,16 +480,25 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
         if not images and not videos:
             raise ValueError("no pictures and no videos were given; pass at least one")
         media = [*(Medium(False, item) for item in images), *(Medium(True, item) for item in videos)]
-        pixels, grids = self.prepare(self.load(media), self.hd_num if hd_num is None else hd_num)
+        pixels, grids = self.prepare(
+            self.load(media, access=access), self.hd_num if hd_num is None else hd_num
+        )
         return BatchFeature({"pixel_values": pixels, "image_grid_hw": grids}, tensor_type=return_tensors)
 
-    def load(self, media: list[Medium], *, fps: float = 1.0, num_frames: int = MAX_FRAMES) -> list[Visual]:
-        """Read pictures and sample videos.
+    def load(
+        self,
+        media: list[Medium],
+        *,
+        fps: float = 1.0,
+        num_frames: int = MAX_FRAMES,
+        access: MediaAccess | None = None,
+    ) -> list[Visual]:
+        """Read pictures and sample videos, from where `access` allows.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: as in `load_image` and `load_video`.
         """
-        return load_media(media, self, fps=fps, max_frames=num_frames)
+        return load_media(media, self, access=access, fps=fps, max_frames=num_frames)
 
     def default_hd_num(self, num_visuals: int) -> int:
         """The tile budget of each picture of a prompt if the caller gives none."""

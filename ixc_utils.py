@@ -48,6 +48,9 @@ _NUMBER = r"[+-]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})"
 _NUMBERS = re.compile(rf"{_NUMBER}(?:(?:\s*,\s*|\s+){_NUMBER})*")
 _POINTS = re.compile(r"\)\s*,\s*\(")  # between the two corners in (x, y), (x, y)
 
+# Where a frame that was scaled down on reading keeps the size it had.
+FRAME_SIZE = "ixc2_frame_size"
+
 # No checkpoint can read a picture beyond this size; planning it would only exhaust the memory.
 MAX_PLANNED_PIXELS = 1 << 28
 
@@ -213,11 +216,9 @@ def tile_picture(image: Image.Image, plan: TilePlan) -> Image.Image:
     """Resize a picture as planned and pad it with white to whole tiles."""
     image = to_rgb(image)
     height, width = plan.resized
-    if plan.transposed:
-        image = image.transpose(Image.Transpose.TRANSPOSE).resize((height, width), Image.Resampling.BILINEAR)
-        image = image.transpose(Image.Transpose.TRANSPOSE)
-    else:
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    if plan.transposed:  # PIL resizes the width first; as on its side, the height is resized before it
+        image = image.resize((image.width, height), Image.Resampling.BILINEAR)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
     top, left = plan.offset
     canvas = Image.new("RGB", plan.padded[::-1], "white")
     canvas.paste(image, (left, top))
@@ -229,10 +230,26 @@ def square_picture(image: Image.Image, side: int) -> Image.Image:
     return to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)
 
 
+def shrink_frame(image: Image.Image, *, tile_size: int) -> Image.Image:
+    """A frame as `composite_frames` places it, if that is smaller; it remembers its own size."""
+    image = to_rgb(image)
+    height, width = _fit_frame(image.height, image.width, long_side=2 * tile_size)
+    if FRAME_SIZE in image.info or width * height >= image.width * image.height:
+        return image
+    shrunk = image.resize((width, height), Image.Resampling.BILINEAR)
+    shrunk.info[FRAME_SIZE] = image.size[::-1]
+    return shrunk
+
+
+def frame_size(image: Image.Image) -> Size:
+    """(height, width) of a frame before `shrink_frame`, by which it is laid out."""
+    return image.info.get(FRAME_SIZE, image.size[::-1])
+
+
 def composite_frames(images: Sequence[Image.Image], font: Font, *, tile_size: int) -> Image.Image:
     """Arrange frames on one picture, each under its label."""
     images = [to_rgb(image) for image in images]
-    plan = plan_composite([image.size[::-1] for image in images], tile_size=tile_size)
+    plan = plan_composite([frame_size(image) for image in images], tile_size=tile_size)
     canvas = Image.new("RGB", plan.size[::-1], "white")
     draw = ImageDraw.Draw(canvas)
     placed = zip(images, plan.frame_sizes, plan.positions, strict=True)

@@ -8,16 +8,15 @@ computation. Nothing accesses the network except an http(s) URL that the caller 
 import base64
 import binascii
 import io
+import math
 import os
 import re
 import sys
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,11 +26,15 @@ from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
 try:
+    from .access_internlm_xcomposer2 import MediaAccess, fetch
+    from .bounds_internlm_xcomposer2 import bound_icon, bound_pixels
     from .video_internlm_xcomposer2 import DecordReader, PyAVReader, open_video
 except ImportError:
     if __package__:
         raise
     # A model directory on sys.path, this file imported as a top-level module.
+    from access_internlm_xcomposer2 import MediaAccess, fetch
+    from bounds_internlm_xcomposer2 import bound_icon, bound_pixels
     from video_internlm_xcomposer2 import DecordReader, PyAVReader, open_video
 
 Size = tuple[int, int]  # (height, width) in pixels
@@ -42,9 +45,9 @@ MediaSource = (
 TIMEOUT = 20.0  # seconds that a URL may take in total
 MAX_IMAGE_BYTES = 128 << 20
 MAX_VIDEO_BYTES = 1 << 30
-MAX_IMAGE_PIXELS = 178_956_970  # where Pillow itself stops by default
 MAX_FRAME_PIXELS = 8192 * 4320
 MAX_FRAMES = 32  # of a video, unless the caller gives another number
+MOST_FRAMES = 512  # whatever the caller gives
 LONG_VIDEO = 600.0  # seconds from which reading is worth a progress bar
 
 # Formats that Pillow decodes itself: none that start a program or draw vectors.
@@ -57,6 +60,8 @@ VIDEO_EXTENSIONS = frozenset(
 )
 
 EXIF_ORIENTATION = 0x0112
+ICON = b"\0\0\1\0"
+STRIP_PIXELS = 1 << 20  # that are converted at once
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{32,}={0,2}\s*")
 
@@ -88,7 +93,8 @@ def load_image(
     *,
     timeout: float = TIMEOUT,
     max_bytes: int = MAX_IMAGE_BYTES,
-    max_pixels: int = MAX_IMAGE_PIXELS,
+    max_pixels: int | None = None,
+    access: MediaAccess | None = None,
 ) -> Image.Image:
     """Read one picture as upright RGB.
 
@@ -97,14 +103,14 @@ def load_image(
     0..1.
     """
     if isinstance(source, Image.Image):
-        return _finish_image(source, "the PIL picture", max_pixels)
+        return _finish_image(source, None, "the PIL picture", max_pixels)
     if isinstance(source, torch.Tensor):
         source = _tensor_to_array(source)
     if isinstance(source, np.ndarray):
-        return _finish_image(_array_to_image(source), "the array", max_pixels)
+        return _finish_image(_array_to_image(source), None, "the array", max_pixels)
     name = describe(source)
-    with _open_source(source, timeout=timeout, max_bytes=max_bytes) as file:
-        return _finish_image(_open_image(file, name), name, max_pixels)
+    with _open_source(source, timeout=timeout, max_bytes=max_bytes, access=access) as file:
+        return _finish_image(_open_image(file, name, max_pixels), file, name, max_pixels)
 
 
 def image_size(source: str | os.PathLike) -> Size:
@@ -114,43 +120,52 @@ def image_size(source: str | os.PathLike) -> Size:
     """
     name = describe(source)
     with _open_source(source, timeout=TIMEOUT, max_bytes=MAX_IMAGE_BYTES) as file:
-        image = _open_image(file, name)
-        _check_image_size(image, name, MAX_IMAGE_PIXELS)
+        image = _open_image(file, name, None)
+        if bound_pixels(image, file, name):
+            _decode(image, name)
         # If a PNG's header has no orientation, Pillow decodes it to see whether one follows the pixels.
         is_silent = image.format == "PNG" and "exif" not in image.info
         return image.size[::-1] if is_silent else upright_size(image)
 
 
-def _open_image(file: BinaryIO, name: str) -> Image.Image:
+def _open_image(file: BinaryIO, name: str, max_pixels: int | None) -> Image.Image:
     """Read a picture's header."""
-    if _looks_like_video(_peek(file)):
+    head = _peek(file)
+    if _looks_like_video(head):
         raise ValueError(f"{name} is a video; pass it as a video, or one of its frames as a picture")
+    if head.startswith(ICON):
+        bound_icon(file, name, max_pixels)
     Image.init()
     formats = [kind for kind in IMAGE_FORMATS if kind in Image.OPEN]
     try:
         return Image.open(file, formats=formats)
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture in a known format ({', '.join(formats)})") from None
-    except Exception as error:  # decoders raise anything at all on hostile input
-        raise ValueError(f"{name} can't be read as a picture: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is larger than Pillow opens; scale it down: {error}") from None
+    except Exception:  # decoders raise anything at all on hostile input, and may repeat what it says
+        raise ValueError(f"{name} can't be read as a picture: its header is broken") from None
 
 
-def _finish_image(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _finish_image(
+    image: Image.Image, file: BinaryIO | None, name: str, max_pixels: int | None
+) -> Image.Image:
     """Check the size that the header promises, then decode."""
-    _check_image_size(image, name, max_pixels)
+    bound_pixels(image, file, name, max_pixels)
+    _decode(image, name)
+    try:
+        return to_rgb(image)
+    except ValueError as error:
+        raise ValueError(f"{name} can't be shown: {error}") from None
+    except Exception:
+        raise ValueError(f"{name} is broken: its metadata can't be read") from None
+
+
+def _decode(image: Image.Image, name: str) -> None:
     try:
         image.load()
-    except Exception as error:  # decoders raise anything at all on hostile input
-        raise ValueError(f"{name} is truncated or broken: {error}") from error
-    return to_rgb(image)
-
-
-def _check_image_size(image: Image.Image, name: str, max_pixels: int) -> None:
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ValueError(f"{name} is empty: {width}x{height} px")
-    if width * height > max_pixels:
-        raise ValueError(f"{name} has {width}x{height} px, beyond the limit of {max_pixels}; scale it down")
+    except Exception:  # decoders raise anything at all on hostile input, and may repeat what it says
+        raise ValueError(f"{name} is truncated or broken") from None
 
 
 def _tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
@@ -190,11 +205,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _grey_from_numbers(image)
     if image.has_transparency_data:
-        return _on_white(image)
+        return _in_strips(image, _on_white)
     if image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Convert a picture to RGB, so many rows at a time that what it takes besides the result stays small."""
+    canvas = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        canvas.paste(convert(strip), (0, top))
+    return canvas
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The picture from top to bottom in parts of about `STRIP_PIXELS`, each with its first row."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -207,17 +237,26 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _grey_from_numbers(image: Image.Image) -> Image.Image:
     """A picture of numbers as RGB. White is 65535 for 16 bits, else the first candidate that covers them."""
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
+    extremes = np.array([(values.min(), values.max()) for _, values in _numbers(image)])  # of each strip
+    low, high = extremes[:, 0].min(), extremes[:, 1].max()
+    if not np.isfinite(extremes).all():
         raise ValueError(f"a picture of mode {image.mode} holds values that are not finite")
-    low, high = values.min(), values.max()
     candidates = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
     white = next((value for value in candidates if high <= value), None)
     if low < 0 or white is None:
         raise ValueError(
             f"a picture of mode {image.mode} holds {low:g}..{high:g}; scale it to 0..{candidates[-1]}"
         )
-    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8)).convert("RGB")
+    canvas = Image.new("RGB", image.size)
+    for top, values in _numbers(image):
+        grey = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+        canvas.paste(grey.convert("RGB"), (0, top))
+    return canvas
+
+
+def _numbers(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+    """The values of each strip, (rows, width) float64."""
+    return ((top, np.asarray(strip).astype(np.float64)) for top, strip in _strips(image))
 
 
 # --- videos ---
@@ -232,7 +271,10 @@ def is_video(source: object) -> bool:
     if isinstance(source, io.BytesIO):
         return _looks_like_video(bytes(source.getbuffer()[:HEAD_BYTES]))
     if isinstance(source, io.BufferedReader):
-        return _looks_like_video(source.peek(HEAD_BYTES)[:HEAD_BYTES])
+        try:
+            return _looks_like_video(source.peek(HEAD_BYTES)[:HEAD_BYTES])
+        except (OSError, ValueError):  # closed, or open for nothing but writing; reading it says so
+            return False
     if not isinstance(source, (str, os.PathLike)):
         return False
     name = os.fsdecode(source)
@@ -249,16 +291,41 @@ def is_video(source: object) -> bool:
 def plan_frames(
     num_frames: int, average_fps: float, *, fps: float = 1.0, max_frames: int = MAX_FRAMES
 ) -> list[int]:
-    """Choose which frames of a video to show: `fps` per second, thinned out evenly to `max_frames`."""
+    """Choose which frames of a video to show: `fps` per second, thinned out evenly to `max_frames`.
+
+    Raises:
+        TypeError, ValueError: an argument that is no such number, or more than `MOST_FRAMES` to show.
+    """
+    _check_sampling(fps, max_frames)
     if num_frames < 1:
         raise ValueError("the video has no frames")
-    if not fps > 0 or max_frames < 1:
-        raise ValueError(f"fps must be > 0 and max_frames >= 1, got fps={fps}, max_frames={max_frames}")
-    indices = range(0, num_frames, max(1, round(average_fps / fps)))
+    step = average_fps / fps  # infinite for a tiny fps
+    indices = range(0, num_frames, max(1, round(step) if step < num_frames else num_frames))
+    if min(len(indices), max_frames) > MOST_FRAMES:
+        raise ValueError(
+            f"{min(len(indices), max_frames)} frames of the video would be shown, beyond the limit of "
+            f"{MOST_FRAMES}; lower fps, or the number of frames"
+        )
     if len(indices) <= max_frames:
         return list(indices)
     step = len(indices) / (max_frames + 1)
     return [indices[int(i * step)] for i in range(max_frames)]
+
+
+def _plan_list(frames: Sequence, fps: float, max_frames: int) -> list[int]:
+    """Which of a list of frames to show; its frames have no rate."""
+    _check_sampling(fps, max_frames)
+    return plan_frames(len(frames), 1.0, fps=1.0, max_frames=max_frames)
+
+
+def _check_sampling(fps: float, max_frames: int) -> None:
+    """Raise `TypeError` or `ValueError` for numbers by which no video can be sampled."""
+    if isinstance(fps, bool) or not isinstance(fps, Real):
+        raise TypeError(f"fps must be a number, got {fps!r:.80}")
+    if isinstance(max_frames, bool) or not isinstance(max_frames, Integral):
+        raise TypeError(f"the number of frames must be an integer, got {max_frames!r:.80}")
+    if not 0 < fps <= sys.float_info.max and fps != math.inf or max_frames < 1:
+        raise ValueError(f"fps must be > 0 and max_frames >= 1, got fps={fps}, max_frames={max_frames}")
 
 
 def load_video(
@@ -270,23 +337,29 @@ def load_video(
     max_bytes: int = MAX_VIDEO_BYTES,
     max_frame_pixels: int = MAX_FRAME_PIXELS,
     progress: bool | None = None,
+    access: MediaAccess | None = None,
+    each: Callable[[Image.Image], Image.Image] | None = None,
 ) -> list[Image.Image]:
     """Read sampled frames of a video: a path, bytes, binary file, `data:` URI, URL, or a list of frames.
 
     A file gives `fps` frames per second, thinned out evenly to `max_frames`; a list is only thinned out.
     Between the requested frames, the reader jumps from keyframe to keyframe and converts nothing, so an hour
     takes no more memory than a minute. `progress` shows a bar on stderr; by default it does so for videos
-    longer than `LONG_VIDEO` seconds, on a terminal, unless the progress bars of transformers are off.
+    longer than `LONG_VIDEO` seconds, on a terminal, unless the progress bars of transformers are off. `each`
+    is applied to every frame as soon as it is decoded, so that scaling it down saves memory.
     """
     if isinstance(source, (list, tuple)):
-        indices = plan_frames(len(source), fps, fps=fps, max_frames=max_frames)
-        return [load_image(source[index], max_pixels=max_frame_pixels) for index in indices]
+        indices = _plan_list(source, fps, max_frames)
+        limits = {"timeout": timeout, "max_pixels": max_frame_pixels, "access": access}
+        each = each or (lambda frame: frame)
+        return [each(load_image(source[index], **limits)) for index in indices]
     sampling = {"max_frames": max_frames, "fps": fps}
     limits = {"timeout": timeout, "max_bytes": max_bytes, "max_frame_pixels": max_frame_pixels}
+    limits["access"] = access
     with _open_video(source, **sampling, **limits) as (video, indices):
         seconds = video.num_frames / (video.average_fps or 1.0)
         with _progress_bar(len(indices), seconds, progress) as bar:
-            return video.frames(indices, lambda num_read: bar.update(num_read - bar.n))
+            return video.frames(indices, lambda num_read: bar.update(num_read - bar.n), each)
 
 
 def frame_sizes(
@@ -297,7 +370,7 @@ def frame_sizes(
     Raises the errors of `load_video`, except those that only decoding reveals.
     """
     if isinstance(source, (list, tuple)):
-        indices = plan_frames(len(source), fps, fps=fps, max_frames=max_frames)
+        indices = _plan_list(source, fps, max_frames)
         return [image_size(source[index]) for index in indices]
     with _open_video(source, max_frames=max_frames, fps=fps) as (video, indices):
         (first,) = video.frames(indices[:1])
@@ -313,10 +386,11 @@ def _open_video(
     timeout: float = TIMEOUT,
     max_bytes: int = MAX_VIDEO_BYTES,
     max_frame_pixels: int = MAX_FRAME_PIXELS,
+    access: MediaAccess | None = None,
 ) -> "Iterator[tuple[PyAVReader | DecordReader, list[int]]]":
     """An open video and the indices of its sampled frames; errors raised inside get its name."""
     name = describe(source)
-    with _open_source(source, timeout=timeout, max_bytes=max_bytes) as file:
+    with _open_source(source, timeout=timeout, max_bytes=max_bytes, access=access) as file:
         head = _peek(file)
         if _looks_like_picture(head):
             raise ValueError(f"{name} is a picture, not a video; pass it as a picture")
@@ -351,7 +425,9 @@ def describe(source: object) -> str:
     return f"the {type(source).__name__} object"
 
 
-def _open_source(source: MediaSource, *, timeout: float, max_bytes: int) -> BinaryIO:
+def _open_source(
+    source: MediaSource, *, timeout: float, max_bytes: int, access: MediaAccess | None = None
+) -> BinaryIO:
     """Open whatever holds encoded bytes as a seekable file that is not empty."""
     if isinstance(source, (bytes, bytearray)):
         content = bytes(source)
@@ -362,12 +438,15 @@ def _open_source(source: MediaSource, *, timeout: float, max_bytes: int) -> Bina
     elif not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"a picture or video can't be read from {type(source).__name__}")
     else:
-        name = os.fsdecode(source)
+        name, access = os.fsdecode(source), access or MediaAccess.of()
         if name.startswith("data:"):
             content = _decode_data_uri(name, max_bytes)
-        elif _scheme(name):
-            content = _fetch(name, timeout=timeout, max_bytes=max_bytes)
+        elif scheme := _scheme(name):
+            if scheme not in ("http", "https"):
+                raise ValueError(f"only http and https URLs are read, got {name[:200]!r}")
+            content = fetch(name, timeout=timeout, max_bytes=max_bytes, access=access)
         else:
+            access.check_path(name)
             return _open_path(Path(name))
     if not content:
         raise ValueError(f"{describe(source)} is empty: 0 bytes")
@@ -390,7 +469,10 @@ def _open_path(path: Path) -> BinaryIO:
 
 
 def _read_file_object(file: BinaryIO, max_bytes: int) -> bytes:
-    content = file.read(max_bytes + 1)
+    try:
+        content = file.read(max_bytes + 1)
+    except Exception as error:  # a file object of a caller's own raises anything at all
+        raise ValueError(f"{describe(file)} can't be read: {type(error).__name__}") from error
     if not isinstance(content, bytes):
         raise TypeError(f"a media file must be open in binary mode, got {type(content).__name__}")
     if len(content) > max_bytes:
@@ -418,63 +500,6 @@ def _scheme(name: str) -> str | None:
     """`https` of `https://...`, None for a path."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", name)
     return match and match[1].lower()
-
-
-def _fetch(url: str, *, timeout: float, max_bytes: int) -> bytes:
-    """Read a URL, http or https only, redirects included, within `timeout` seconds and `max_bytes`."""
-    if _scheme(url) not in ("http", "https"):
-        raise ValueError(f"only http and https URLs are read, got {url[:200]!r}")
-    deadline = time.monotonic() + timeout
-    try:
-        with _http_opener().open(url, timeout=timeout) as response:
-            content = _read_response(response, deadline, max_bytes)
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise ValueError(f"{url[:200]!r} can't be read: {error}") from None
-    except _BadAnswer as error:
-        raise ValueError(f"{url[:200]!r} {error}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{url[:200]!r} can't be read: {error}") from error
-    except Exception as error:  # http.client's own errors are neither
-        raise ValueError(f"{url[:200]!r} sent an invalid response: {error!r}") from error
-    return content
-
-
-class _BadAnswer(Exception):
-    """An answer that exceeds a limit, or stops short."""
-
-
-def _http_opener() -> urllib.request.OpenerDirector:
-    """urllib without its handlers for ftp, files and data, so that no redirect leads there."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        urllib.request.UnknownHandler,
-    ):
-        opener.add_handler(handler())
-    return opener
-
-
-def _read_response(response: "urllib.response.addinfourl", deadline: float, max_bytes: int) -> bytes:
-    """Read piece by piece, to stop slow and endless answers."""
-    promised = int(response.headers.get("Content-Length") or 0)
-    if promised > max_bytes:
-        raise _BadAnswer(f"promises {promised} bytes, more than the limit of {max_bytes}")
-    content = bytearray()
-    while piece := response.read1(1 << 16):
-        content += piece
-        if len(content) > max_bytes:
-            raise _BadAnswer(f"sends more than the limit of {max_bytes} bytes")
-        if time.monotonic() > deadline:
-            raise _BadAnswer(f"is too slow: {len(content)} bytes in the time allowed")
-    if len(content) < promised:
-        raise _BadAnswer(f"stopped after {len(content)} of {promised} bytes")
-    return bytes(content)
 
 
 # --- what they are ---
@@ -540,8 +565,9 @@ def as_source(value: MediaSource) -> MediaSource:
 
 
 def _is_file(name: str) -> bool:
+    """Whether a file may be read and exists; where it may not, nobody learns whether it does."""
     try:
-        return Path(name).is_file()
+        return MediaAccess.of().may_read(name) and Path(name).is_file()
     except (OSError, ValueError):  # longer than a path can be
         return False
 
