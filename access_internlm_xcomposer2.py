@@ -16,7 +16,8 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,6 +44,32 @@ class Refused(Exception):
 def is_served() -> bool:
     """Whether this process is `transformers serve`."""
     return SERVER_MODULE in sys.modules
+
+
+@contextmanager
+def bad_requests() -> Iterator[None]:
+    """In a server, what is wrong with a request is an answer of status 400 with the error's text, not of 500.
+
+    FastAPI makes such answers of its `HTTPException`. Outside of a server, errors pass through.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_served() or not _is_of_the_request(error):
+            raise
+        from fastapi import HTTPException
+
+        class BadRequest(HTTPException, ValueError):
+            """What is wrong with a request."""
+
+        raise BadRequest(400, str(error)) from error
+
+
+def _is_of_the_request(error: Exception) -> bool:
+    """Whether an error says what is wrong with a request, in words that its sender may read."""
+    from jinja2 import TemplateError
+
+    return isinstance(error, FileNotFoundError | PermissionError | TypeError | ValueError | TemplateError)
 
 
 # ---- what may be read ----

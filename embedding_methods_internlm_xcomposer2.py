@@ -14,7 +14,12 @@ from torch import Tensor
 from transformers import BatchEncoding, StoppingCriteria, StoppingCriteriaList
 
 from .build_mlp import leaves_autocast
-from .image_processing_internlm_xcomposer2 import as_visuals, check_pixels, prepare_visuals
+from .image_processing_internlm_xcomposer2 import (
+    as_visuals,
+    check_pixels,
+    check_stack,
+    prepare_visuals,
+)
 from .media_internlm_xcomposer2 import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from .prompt_internlm_xcomposer2 import (
     batch_inputs,
@@ -122,7 +127,7 @@ class EmbeddingMethodsMixin:
                     f"normalised pixels must be (pictures, 3, height, width), not {tuple(image.shape)}; "
                     "add the missing dimension with unsqueeze(0)"
                 )
-            return torch.cat(self._encode_pixels(image.split(1)))
+            return torch.cat(self._encode_pixels(check_stack(image).split(1)))
         hd_num = HD_NUM_OF_ENCODE_IMG if hd_num is None else hd_num
         pixel_values, grid = prepare_visuals(
             as_visuals(image, self.config), self.config, hd_num, font=self.font

@@ -274,7 +274,7 @@ def as_visuals(media, config, *, fps: float = 1.0, num_frames: int = MAX_FRAMES)
 
 def _as_visuals(item, config, sampling: dict) -> list[Visual]:
     if isinstance(item, torch.Tensor) and item.ndim == 4:
-        return [Visual(pixels=check_pixels(pixels, config)) for pixels in item]
+        return [Visual(pixels=check_pixels(pixels, config)) for pixels in check_stack(item)]
     if isinstance(item, list | tuple) or is_video(item):
         return [video_visual(item, config, **sampling)]
     return [Visual(image=load_image(item))]
@@ -304,6 +304,7 @@ def load_media(media: Iterable, config, *, access: MediaAccess | None = None, **
     Raises:
         FileNotFoundError, TypeError, ValueError: as in `load_image` and `video_visual`.
     """
+    plan_frames(1, 1.0, **sampling)  # raises what is wrong with them, even if there is no video
     return [
         video_visual(medium.source, config, access=access, **sampling)
         if medium.is_video
@@ -312,21 +313,32 @@ def load_media(media: Iterable, config, *, access: MediaAccess | None = None, **
     ]
 
 
+def check_stack(pixels: Tensor) -> Tensor:
+    """(pictures, 3, height, width), if there are any pictures; raises `ValueError` for none."""
+    if not len(pixels):
+        raise ValueError(f"a stack of pixels needs at least one picture, got the shape {tuple(pixels.shape)}")
+    return pixels
+
+
 def check_pixels(pixels: Tensor, config) -> Tensor:
     """(3, height, width) normalised pixels, if the tower can read them.
 
     Raises:
-        ValueError: the size is not that of the square, or not a multiple of the tile's.
+        ValueError: the size is not that of the square, or not a multiple of the tile's; or a value is not
+            finite, or there are none because the tensor is on the meta device.
     """
     side = config.img_size
     height, width = pixels.shape[-2:]
-    whole = (height % side == 0 and width % side == 0) if config.is_tiled else (height, width) == (side, side)
+    whole = min(height, width) > 0 and height % side == 0 and width % side == 0
+    whole = whole if config.is_tiled else (height, width) == (side, side)
     if pixels.shape[0] != 3 or not whole or not pixels.is_floating_point():
         wanted = f"multiples of {side}" if config.is_tiled else f"{side} x {side}"
         raise ValueError(
             f"normalised pixels must be floats of (3, height, width) with {wanted} px, not "
             f"{tuple(pixels.shape)} of {pixels.dtype}; pass a picture to have it resized"
         )
+    if pixels.is_meta or not torch.isfinite(pixels).all():
+        raise ValueError("normalised pixels must be finite numbers; these are NaN, infinite or on no device")
     return pixels
 
 

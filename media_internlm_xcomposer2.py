@@ -66,6 +66,7 @@ STRIP_PIXELS = 1 << 20  # that are converted at once
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{32,}={0,2}\s*")
 
 HEAD_BYTES = 512
+MOST_NESTED = 2  # lists of pictures: one for each text in one for all
 PICTURE_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1", b"jxl "})
 VIDEO_SIGNATURES = (
     (0, b"\x1a\x45\xdf\xa3"),  # Matroska, WebM
@@ -572,17 +573,46 @@ def _is_file(name: str) -> bool:
         return False
 
 
-def flatten_images(images: object) -> list[MediaSource]:
-    """One picture, a list, a list of lists or a stack of pictures -> a list."""
+def flatten_images(images: object, depth: int = 0) -> list[MediaSource]:
+    """One picture, a list, a list of lists or a stack of pictures -> a list.
+
+    Raises:
+        ValueError: lists are nested deeper than in a list for each text.
+    """
     if isinstance(images, list | tuple):
-        return [image for item in images for image in flatten_images(item)]
+        if depth == MOST_NESTED:
+            raise ValueError(
+                f"lists of pictures are nested more than {MOST_NESTED} deep; one for each text is all"
+            )
+        return [image for item in images for image in flatten_images(item, depth + 1)]
     if getattr(images, "ndim", 0) == 4:
         return list(images)
     return [as_source(images)]
 
 
 def flatten_videos(videos: object) -> list[MediaSource | Sequence[MediaSource]]:
-    """One video or a list of them -> a list. Frames, in a list or as one stack, are one video."""
+    """One video or a list of them -> a list. Frames, in a list or as one stack, are one video.
+
+    Raises:
+        ValueError: there is none, or lists are nested deeper than in a list of frames for each video of each
+            text.
+    """
+    if _depth(videos) > MOST_NESTED + 1:
+        raise ValueError(f"lists of videos are nested more than {MOST_NESTED + 1} deep; flatten them")
+    if not (found := _flatten_videos(videos)):
+        raise ValueError("videos is empty: pass at least one video, or None")
+    return found
+
+
+def _depth(value: object) -> int:
+    """How deep lists are nested, as far as it matters."""
+    level, depth = [value], 0
+    while depth < MOST_NESTED + 2 and (level := [item for item in level if isinstance(item, list | tuple)]):
+        level, depth = [item for items in level for item in items], depth + 1
+    return depth
+
+
+def _flatten_videos(videos: object) -> list[MediaSource | Sequence[MediaSource]]:
     if getattr(videos, "ndim", 0) == 4:
         return [list(videos)]
     if not isinstance(videos, list | tuple):
@@ -598,7 +628,7 @@ def _videos_of(item: object) -> Iterator[MediaSource | Sequence[MediaSource]]:
         not _is_frame(part) and (getattr(part, "ndim", 0) == 4 or is_video(part)) for part in item
     )
     if is_row or not isinstance(item, list | tuple):
-        yield from flatten_videos(item)
+        yield from _flatten_videos(item)
     else:
         yield item
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import TypedDict
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
+from .access_internlm_xcomposer2 import MediaAccess, bad_requests
 from .checkpoint_internlm_xcomposer2 import checkpoint_config, has_file, hub_arguments_in
 from .configuration_internlm_xcomposer2 import PROCESSOR_AUTO_MAP
 from .image_processing_internlm_xcomposer2 import (
@@ -118,6 +120,7 @@ OPTION_GROUPS = {
     "images_kwargs": InternLMXComposer2ImagesKwargs,
     "videos_kwargs": InternLMXComposer2VideosKwargs,
 }
+ACCESS_SETTINGS = ("allowed_local_media_path", "allowed_media_domains")
 OPTIONS = {name for group in OPTION_GROUPS.values() for name in group.__annotations__}
 
 
@@ -134,8 +137,18 @@ def check_options(kwargs: Mapping[str, object]) -> None:
         )
     if (hd_num := given.get("hd_num")) is not None:
         check_hd_num(hd_num)
+    if (multiple := given.get("pad_to_multiple_of")) is not None:
+        check_multiple(multiple)
     if (side := given.get("padding_side", "left")) not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', not {side!r}")
+
+
+def check_multiple(number: int) -> None:
+    """Raise `TypeError` or `ValueError` for what rows can't be padded to a multiple of."""
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        raise TypeError(f"pad_to_multiple_of must be an integer, got {number!r:.80}")
+    if number < 1:
+        raise ValueError(f"pad_to_multiple_of must be at least 1, got {number}; leave it out for no multiple")
 
 
 def default_template(version: str) -> str:
@@ -164,6 +177,10 @@ class InternLMXComposer2Processor(ProcessorMixin):
         context_length: how many tokens the decoder reads; longer texts are an error. Without it,
             only the model checks.
 
+    Attributes:
+        allowed_local_media_path, allowed_media_domains: which files and URLs may be read, as `MediaAccess.of`
+            takes them. They belong to a place, not to a checkpoint, so they are never saved with one.
+
     Raises:
         ValueError: `image_token_id` is missing.
     """
@@ -187,6 +204,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
         self.image_token_id = image_token_id
         self.context_length = context_length
         self.auto_map = dict(PROCESSOR_AUTO_MAP)
+        self.allowed_local_media_path, self.allowed_media_domains = None, None
 
     # ---- loading ----
 
@@ -202,10 +220,20 @@ class InternLMXComposer2Processor(ProcessorMixin):
     ) -> "InternLMXComposer2Processor":
         """Load what `save_pretrained` wrote, or build it from `config.json`, the weights and the tokenizer.
 
+        Args:
+            kwargs: `allowed_local_media_path` and `allowed_media_domains` set these attributes.
+
         Raises:
             OSError: there is neither.
         """
-        source = pretrained_model_name_or_path
+        settings = {name: kwargs.pop(name) for name in ACCESS_SETTINGS if name in kwargs}
+        processor = cls._load(pretrained_model_name_or_path, **kwargs)
+        for name, value in settings.items():
+            setattr(processor, name, value)
+        return processor
+
+    @classmethod
+    def _load(cls, source: str | os.PathLike, **kwargs) -> "InternLMXComposer2Processor":
         hub_arguments = hub_arguments_in(kwargs)
         if has_file(source, PROCESSOR_NAME, **hub_arguments) or not has_file(
             source, CONFIG_NAME, **hub_arguments
@@ -215,12 +243,18 @@ class InternLMXComposer2Processor(ProcessorMixin):
         return cls.for_config(checkpoint_config(source, **hub_arguments), tokenizer)
 
     @property
+    def access(self) -> MediaAccess:
+        """Which files and URLs may be read."""
+        return MediaAccess.of(self.allowed_local_media_path, self.allowed_media_domains)
+
+    @property
     def version(self) -> str:
         """`"2"`, `"2-4khd"` or `"2.5"`."""
         return self.image_processor.version
 
     # ---- texts and media to inputs ----
 
+    @bad_requests()
     def __call__(
         self,
         images=None,
@@ -249,7 +283,8 @@ class InternLMXComposer2Processor(ProcessorMixin):
         """
         options = self._options(kwargs)
         if text is None:
-            return self.image_processor.preprocess(images, videos, **options["images_kwargs"])
+            options = options["images_kwargs"]
+            return self.image_processor.preprocess(images, videos, access=self.access, **options)
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
             raise TypeError("text must be a str or a list of at least one str")
@@ -265,6 +300,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
         check_options(kwargs)
         return self._merge_kwargs(InternLMXComposer2ProcessorKwargs, **kwargs)
 
+    @bad_requests()
     def apply_chat_template(
         self,
         conversation: Sequence,
@@ -353,7 +389,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
             place_images(text, len(row), version=self.version) for text, row in zip(bare, media, strict=True)
         ]
         sampling = {name: sampling[name] for name in ("fps", "num_frames")}
-        visuals = [self.image_processor.load(row, **sampling) for row in media]
+        visuals = [self.image_processor.load(row, access=self.access, **sampling) for row in media]
         hd_num = options["images_kwargs"]["hd_num"]
         budgets = [hd_num or self.image_processor.default_hd_num(len(row)) for row in visuals]
         lengths = [count_tokens(self.image_processor, *row) for row in zip(visuals, budgets, strict=True)]

@@ -579,10 +579,15 @@ def split_conversations(conversation: Sequence) -> tuple[list[list[dict]], bool]
         raise TypeError(f"a conversation must be a list of messages, not {type(conversation).__name__}")
     if not conversation:
         raise ValueError("the conversation is empty: it needs at least one message")
-    is_batch = isinstance(conversation[0], list | tuple) or hasattr(conversation[0], "messages")
-    if not is_batch:
+    if not _is_conversation(conversation[0]):
         return [list(conversation)], False
+    if any(isinstance(item, list | tuple) and item and _is_conversation(item[0]) for item in conversation):
+        raise ValueError("conversations are nested too deep: a batch is a list of lists of messages")
     return [split_conversations(item)[0][0] for item in conversation], True
+
+
+def _is_conversation(item: object) -> bool:
+    return isinstance(item, list | tuple) or hasattr(item, "messages")
 
 
 def read_messages(messages: Sequence[Mapping], *, need_sources: bool) -> tuple[list[dict], list[Medium]]:

@@ -5,13 +5,20 @@ used and what for.
 """
 
 import inspect
+import io
 import json
 import re
+import struct
+import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers import ROOT, tiny_model
 from internlm_xcomposer2 import InternLMXcomposer2Config, InternLMXComposer2ForCausalLM
+from internlm_xcomposer2.access_internlm_xcomposer2 import SERVER_MODULE
+from PIL import Image
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -216,6 +223,30 @@ def _():
     from transformers import CompileConfig
 
     assert CompileConfig()._compile_all_devices is None
+
+
+@entry("transformers.cli.serving.server")
+def _():
+    folder = Path(transformers.__file__).parent
+    assert folder.joinpath(*SERVER_MODULE.split(".")[1:]).with_suffix(".py").is_file()
+    assert "from .serving.server import" in (folder / "cli" / "serve.py").read_text(encoding="utf-8")
+
+
+# ---- the standard library, Pillow ----
+
+
+@entry("AbstractHTTPHandler.do_open")
+def _():
+    assert parameters_of(urllib.request.AbstractHTTPHandler.do_open)[:3] == ["self", "http_class", "req"]
+
+
+@entry("ImageFile.tile's codecs ppm, ppm_plain, bmp_rle")
+def _():
+    run_length = bytearray(b"BM" + bytes(8) + (54 + 1024).to_bytes(4, "little") + (40).to_bytes(4, "little"))
+    run_length += struct.pack("<iiHHI20x", 2, 2, 1, 8, 1) + bytes(1024) + b"\2\0\0\0\2\0\0\1"
+    contents = b"P3 2 2 255 " + b"0 " * 12, b"P6 2 2 7 " + bytes(12), bytes(run_length)
+    opened = [Image.open(io.BytesIO(content)) for content in contents]
+    assert [image.tile[0][0] for image in opened] == ["ppm_plain", "ppm", "bmp_rle"]
 
 
 # ---- torch ----

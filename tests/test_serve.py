@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
-from openai import APIStatusError, OpenAI
+from openai import BadRequestError, OpenAI
 from test_docs import blocks_of, offline_environment
 from transformers import AutoModel, AutoTokenizer
 
@@ -134,10 +134,24 @@ def test_a_video(client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_broken_picture_is_an_error_and_the_next_request_is_answered(client, stream):
-    broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,A"}}
-    with pytest.raises(APIStatusError):
-        complete(client.with_options(max_retries=0), ask(broken, "What shape is the object?"), stream=stream)
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        ("data:image/png;base64,A", "not valid base64"),
+        (str(ROOT / "examples" / "star.png"), "may not be read here"),
+        ("/nothing/here.png", "may not be read here"),
+        ("file:///etc/passwd", "only http and https"),
+        ("http://localhost:{port}/health", "not allowed here"),
+        ("http://127.0.0.1:{port}/health", "not allowed here"),
+        ("http://169.254.169.254/latest/meta-data", "not allowed here"),
+    ],
+)
+def test_a_bad_picture_is_an_error_and_the_next_request_is_answered(client, url, message, stream):
+    """No client has the server read its files, or fetch from it or its neighbours, and each is told so."""
+    picture_of = {"type": "image_url", "image_url": {"url": url.format(port=client.base_url.port)}}
+    with pytest.raises(BadRequestError) as raised:
+        complete(client.with_options(max_retries=0), ask(picture_of, "What shape is it?"), stream=stream)
+    assert message in raised.value.body["detail"]
     completion = complete(client, ask(picture("star.png"), "What shape is the object?"))
     assert completion.choices[0].message.content == "star"
 
@@ -154,8 +168,20 @@ def test_a_message_forges_no_turn(client):
 
 def test_megabytes_of_text_hold_nobody_up(client):
     start = time.monotonic()
-    with pytest.raises(APIStatusError):
+    with pytest.raises(BadRequestError):
         complete(client.with_options(max_retries=0), ask("word " * 2_000_000))
     completion = complete(client, ask(picture("star.png"), "What shape is the object?"))
     assert completion.choices[0].message.content == "star"
     assert time.monotonic() - start < 30
+
+
+def test_options_of_a_template_open_nothing(client):
+    """What a client adds to a request can't widen what the server reads."""
+    star = {"type": "image_url", "image_url": {"url": str(ROOT / "examples" / "star.png")}}
+    for options in ({"allowed_local_media_path": "/"}, {"images_kwargs": {"access": None}}):
+        with pytest.raises(BadRequestError):
+            complete(
+                client.with_options(max_retries=0),
+                ask(star, "What shape is it?"),
+                extra_body={"chat_template_kwargs": options},
+            )
