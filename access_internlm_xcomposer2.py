@@ -134,32 +134,34 @@ class MediaAccess:
                 f"operator allow a folder by {LOCAL_PATH_VARIABLE} (allowed_local_media_path)"
             )
 
-    def check_host(self, host: str) -> None:
-        """Raise `Refused` unless the URLs of a host may be read."""
+    def refusal_of_host(self, host: str) -> str | None:
+        """Why the URLs of a host may not be read; None if they may."""
         if self.domains is None:
-            return
+            return None
         host = host.lower().removesuffix(".")
-        if not ({host, ANY_PUBLIC_HOST} & set(self.domains)) and not self._is_listed(_address(host)):
-            raise Refused(
-                "is on a host that is not allowed here; send the content itself, or have the operator allow "
-                f"the host by {DOMAINS_VARIABLE} (allowed_media_domains)"
-            )
+        if {host, ANY_PUBLIC_HOST} & set(self.domains) or self._is_listed(_address(host)):
+            return None
+        return (
+            "is on a host that is not allowed here; send the content itself, or have the operator allow the "
+            f"host by {DOMAINS_VARIABLE} (allowed_media_domains)"
+        )
 
-    def check_address(self, host: str, address: str) -> None:
-        """Raise `Refused` unless a host may be reached at this address, to which its name leads.
+    def refusal_of_address(self, host: str, address: str) -> str | None:
+        """Why a host may not be reached at this address, to which its name leads; None if it may.
 
         Public addresses may be reached, others only if they are listed themselves, so that no name leads into
         the network around the server. `localhost` stands for the addresses of loopback.
         """
         if self.domains is None:
-            return
+            return None
         found = _address(address)
-        named = host.lower() == LOCALHOST and LOCALHOST in self.domains and found is not None
-        if found is None or not (is_public(found) or self._is_listed(found) or (named and found.is_loopback)):
-            raise Refused(
-                "leads to an address inside the server's own network, which is not allowed here; have the "
-                f"operator list the address itself in {DOMAINS_VARIABLE}"
-            )
+        is_named = host.lower() == LOCALHOST and LOCALHOST in self.domains
+        if found and (is_public(found) or self._is_listed(found) or (is_named and found.is_loopback)):
+            return None
+        return (
+            "leads to an address inside the server's own network, which is not allowed here; have the "
+            f"operator list the address itself in {DOMAINS_VARIABLE}"
+        )
 
     def _is_listed(self, address: Address | None) -> bool:
         networks = filter(None, map(_network, self.domains or ()))
@@ -276,7 +278,7 @@ class _Line:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise Refused("can't be read: it leads to an address that is neither http nor https")
-        self.access.check_host(parts.hostname)
+        _refuse(self.access.refusal_of_host(parts.hostname))
 
     def opener(self) -> urllib.request.OpenerDirector:
         """urllib without redirects, files and ftp; it uses a proxy only if any address may be reached."""
@@ -289,10 +291,10 @@ class _Line:
 
     def connect(self, host: str, port: int) -> "_TimedSocket":
         """A connection to one of the addresses of a host, all of which have to be allowed."""
-        self.access.check_host(host)
+        _refuse(self.access.refusal_of_host(host))
         found = _resolve(host, port, self.seconds_left())
         for *_, where in found:
-            self.access.check_address(host, where[0])
+            _refuse(self.access.refusal_of_address(host, where[0]))
         failure: OSError = OSError()
         for family, kind, protocol, _, where in found:
             link = _TimedSocket(family, kind, protocol)
@@ -306,6 +308,11 @@ class _Line:
                 link.close()
                 failure = error
         raise failure
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise Refused(reason)
 
 
 def _resolve(host: str, port: int, seconds: float) -> list[tuple]:
