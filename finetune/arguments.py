@@ -149,6 +149,9 @@ class TrainArguments(TrainingArguments):
     eval_data: list[str] = field(
         default_factory=list, metadata={"help": "Held-out rows, in the formats of data_path."}
     )
+    dpo_beta: float = field(
+        default=0.1, metadata={"help": "Of finetune.train_dpo: how closely the model keeps to what it was."}
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after this many evaluations without a better loss; keep the best."},
@@ -235,6 +238,8 @@ def _check_training(training: TrainArguments) -> None:
         )
     if training.label_smoothing_factor:
         raise ValueError("--label_smoothing_factor isn't supported: the model computes its loss itself")
+    if not training.dpo_beta > 0:
+        raise ValueError(f"--dpo_beta must be above 0, not {training.dpo_beta}")
     if training.early_stopping_patience is not None:
         if not training.eval_data:
             raise ValueError("--early_stopping_patience needs --eval_data to know when to stop")

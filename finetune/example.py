@@ -3,9 +3,10 @@
     python -m finetune.example draw --out runs/example
     python -m finetune.example measure --model . --data runs/example/test.jsonl
 
-`draw` writes pictures and conversations for training, evaluation and testing; `measure` asks a checkpoint the
-questions of a file through `chat` and counts the answers that are exactly right. docs/finetuning.md has the
-commands in between.
+`draw` writes pictures and conversations for training, evaluation and testing, or with `--pairs` preferences
+for sentences over words; `measure` asks a checkpoint the questions of a file through `chat` and counts the
+answers that are exactly right, or exactly the chosen ones. docs/finetuning.md has
+the commands in between.
 """
 
 import argparse
@@ -36,8 +37,18 @@ def draw_row(rng: random.Random, split: str) -> tuple[Picture, str, str]:
     return picture, rng.choice(QUESTIONS), LETTERS[thing.colour] + DIGITS[thing.shape]
 
 
-def draw(out: Path, counts: dict[str, int], seed: int = 0) -> None:
+def draw_preference(rng: random.Random, split: str) -> tuple[Picture, str, str, str]:
+    """A picture of one object, a question about it, and the answer as a sentence and as a word."""
+    thing = random_thing(rng)
+    picture = draw_object(rng, split, thing)
+    return picture, "What colour is the object?", f"The object is {thing.colour}.", thing.colour
+
+
+def draw(out: Path, counts: dict[str, int], seed: int = 0, pairs: bool = False) -> None:
     """Write `counts[name]` rows to `out/name.jsonl` for each name, with their pictures in `out/name/`.
+
+    Args:
+        pairs: whether the rows are preferences.
 
     Raises:
         FileExistsError: `out` already exists.
@@ -47,19 +58,20 @@ def draw(out: Path, counts: dict[str, int], seed: int = 0) -> None:
     for name, count in counts.items():
         (out / name).mkdir(parents=True)
         rng = random.Random(f"{seed} {name}")
-        rows = [_write_row(out, name, number, rng) for number in range(count)]
+        rows = [_write_row(out, name, number, rng, pairs) for number in range(count)]
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _write_row(out: Path, name: str, number: int, rng: random.Random) -> dict:
+def _write_row(out: Path, name: str, number: int, rng: random.Random, pairs: bool) -> dict:
     """Save a picture -> the row about it, in which its path is relative to `out`."""
-    picture, question, answer = draw_row(rng, SPLITS[name])
+    picture, question, *answers = (draw_preference if pairs else draw_row)(rng, SPLITS[name])
     path = f"{name}/{number:04}.png"
     picture.image.save(out / path)
-    content = [{"type": "image", "image": path}, {"type": "text", "text": question}]
-    return {
-        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}],
-    }
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    if pairs:
+        return {"prompt": [asked], "chosen": answers[0], "rejected": answers[1], "images": [path]}
+    asked["content"][0]["image"] = path
+    return {"messages": [asked, {"role": "assistant", "content": answers[0]}]}
 
 
 def measure(checkpoint: str, data: Path, limit: int | None = None) -> tuple[int, int, list[str]]:
@@ -75,13 +87,20 @@ def measure(checkpoint: str, data: Path, limit: int | None = None) -> tuple[int,
     rows = [json.loads(line) for line in data.read_text().splitlines()][:limit]
     wrong = []
     for row in rows:
-        asked, expected = row["messages"]
-        picture, question = asked["content"]
-        path = data.parent / picture["image"]
-        answer, _ = model.chat(tokenizer, question["text"], path, do_sample=False, max_new_tokens=12)
-        if answer != expected["content"]:
-            wrong.append(f"{path}: {answer} instead of {expected['content']}")
+        picture, question, expected = _read_row(row)
+        path = data.parent / picture
+        answer, _ = model.chat(tokenizer, question, path, do_sample=False, max_new_tokens=12)
+        if answer != expected:
+            wrong.append(f"{path}: {answer} instead of {expected}")
     return len(rows) - len(wrong), len(rows), wrong[:3]
+
+
+def _read_row(row: dict) -> tuple[str, str, str]:
+    """A row that `draw` wrote -> its picture's path, the question and the answer that is wanted."""
+    if "chosen" in row:
+        return row["images"][0], row["prompt"][0]["content"][1]["text"], row["chosen"]
+    asked, expected = row["messages"]
+    return asked["content"][0]["image"], asked["content"][1]["text"], expected["content"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,6 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     drawing.add_argument("--eval", type=int, default=48, help="rows to evaluate on during training")
     drawing.add_argument("--test", type=int, default=200, help="rows to measure on")
     drawing.add_argument("--seed", type=int, default=0)
+    drawing.add_argument("--pairs", action="store_true", help="preferences instead of conversations")
     measuring = commands.add_parser("measure", help="how many answers are right")
     measuring.add_argument("--model", required=True, help="directory of a checkpoint")
     measuring.add_argument("--data", type=Path, required=True, help="a file written by draw")
@@ -106,7 +126,12 @@ def main() -> None:
     arguments = parse_arguments()
     try:
         if arguments.command == "draw":
-            draw(arguments.out, {name: getattr(arguments, name) for name in SPLITS}, arguments.seed)
+            draw(
+                arguments.out,
+                {name: getattr(arguments, name) for name in SPLITS},
+                arguments.seed,
+                arguments.pairs,
+            )
             return
         right, count, wrong = measure(arguments.model, arguments.data, arguments.limit)
     except (ValueError, OSError) as error:

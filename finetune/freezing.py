@@ -1,5 +1,7 @@
 """Which weights train."""
 
+from collections.abc import Sequence
+
 from internlm_xcomposer2.configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE
 from torch import nn
 
@@ -28,12 +30,17 @@ def part_of(name: str) -> str:
     return "decoder"
 
 
-def trained_parts(arguments: ModelArguments) -> set[str]:
-    """The parts that train; LoRA's own weights are not among them."""
+def trained_parts(arguments: ModelArguments, adapters: Sequence[str] | None = None) -> set[str]:
+    """The parts that train; LoRA's own weights are not among them.
+
+    Args:
+        adapters: the task adapters of `--train adapter`, by default all of the mode.
+    """
+    adapters = ADAPTERS_OF_MODE[arguments.infer_mode] if adapters is None else adapters
     parts = {
         "full": {"decoder", "plora"},
         "plora": {"plora"},
-        "adapter": {f"task:{name}" for name in ADAPTERS_OF_MODE[arguments.infer_mode]},
+        "adapter": {f"task:{name}" for name in adapters},
         "lora": set(),
     }[arguments.train]
     if not arguments.fix_vit:
@@ -43,13 +50,16 @@ def trained_parts(arguments: ModelArguments) -> set[str]:
     return parts
 
 
-def freeze(model: nn.Module, arguments: ModelArguments) -> None:
+def freeze(model: nn.Module, arguments: ModelArguments, adapters: Sequence[str] | None = None) -> None:
     """Let exactly the requested parts of a model train. The model has no LoRA on it yet.
+
+    Args:
+        adapters: as in `trained_parts`.
 
     Raises:
         ValueError: nothing would train.
     """
-    parts = trained_parts(arguments)
+    parts = trained_parts(arguments, adapters)
     for name, weight in model.named_parameters():
         weight.requires_grad_(part_of(name) in parts)
     if arguments.train != "lora" and not any(weight.requires_grad for weight in model.parameters()):

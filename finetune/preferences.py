@@ -135,6 +135,8 @@ class PairDataset(Dataset):
         ValueError: there are no pairs, or an argument is invalid.
     """
 
+    encoder_class: type[RowEncoder] = PairEncoder
+
     def __init__(
         self,
         pairs: Sequence[Pair],
@@ -147,9 +149,9 @@ class PairDataset(Dataset):
         if not pairs:
             raise ValueError("there are no pairs to train on")
         if too_long != "error":
-            raise ValueError(f"too_long={too_long!r}: the score is read at the end, which can't be cut off")
+            raise ValueError(f"too_long={too_long!r}: the end of a pair's conversations can't be cut off")
         self.rows = list(pairs)
-        self.encoder = PairEncoder(processor, max_length, layout, hd_num)
+        self.encoder = self.encoder_class(processor, max_length, layout, hd_num)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -180,10 +182,13 @@ class PairDataset(Dataset):
 class PairCollator(Collator):
     """Pairs -> a batch of twice as many rows, alternately chosen and rejected, padded right."""
 
+    keeps_labels = False
+
     def __call__(self, items: Sequence[dict[str, dict[str, Tensor]]]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` (2 x pairs, tokens), and the pictures of any row as in `Collator`."""
         batch = super().__call__([item[side] for item in items for side in SIDES])
-        del batch["labels"]
+        if not self.keeps_labels:
+            del batch["labels"]
         return batch
 
 

@@ -3,8 +3,8 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, HfArgumentParser, PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from .arguments import FINAL, DataArguments, ModelArguments, TrainArguments, check_arguments
+from .arguments import FINAL, WAYS, DataArguments, ModelArguments, TrainArguments, check_arguments
 from .card import Facts, card_text
 from .dataset import Collator, ConversationDataset, RowEncoder
 from .freezing import freeze, hold_trained_in_float32
@@ -34,6 +34,9 @@ class Task:
     Attributes:
         read_data, dataset: like the function and class of the defaults.
         heads: modules that always train.
+        ways: which values of `--train` it has.
+        adapters: the task adapters that train in a mode, unless all of the mode do.
+        packs: whether its rows can be packed.
         peft_task, pipeline: what peft and the hub call it.
     """
 
@@ -43,6 +46,9 @@ class Task:
     dataset: type[ConversationDataset] = ConversationDataset
     collator: type[Collator] = Collator
     heads: tuple[str, ...] = ()
+    ways: tuple[str, ...] = WAYS
+    adapters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    packs: bool = True
     peft_task: str = "CAUSAL_LM"
     pipeline: str = "image-text-to-text"
 
@@ -93,8 +99,7 @@ def train(
     if training.should_save and (moved := move_unfinished(Path(training.output_dir) / FINAL)):
         print(f"a model that isn't complete was in the way: moved to {moved}")
     check_arguments(model_arguments, data, training)
-    if data.packing and task.heads:
-        raise ValueError("--packing True: a score is read at the end of each row, so rows can't be packed")
+    check_task(task, model_arguments, data)
     checkpoint = checkpoint_to_resume(training)
     if model_arguments.train == "lora":
         import_peft()
@@ -121,6 +126,19 @@ def train(
     )
     save_trained(trainer, processor.tokenizer, card_text(facts), Path(training.output_dir) / FINAL)
     return trainer
+
+
+def check_task(task: Task, model: ModelArguments, data: DataArguments) -> None:
+    """Raise `ValueError` for arguments that this task doesn't have."""
+    if data.packing and not task.packs:
+        raise ValueError("--packing True: each pair has a score of its own, so its rows can't be packed")
+    if model.train not in task.ways:
+        raise ValueError(f"--train {model.train}: this command has --train {' and '.join(task.ways)}")
+    if model.train == "adapter" and task.adapters and model.infer_mode not in task.adapters:
+        raise ValueError(
+            f"--infer_mode {model.infer_mode}: here adapters train in {', '.join(task.adapters)}; use "
+            "--train lora"
+        )
 
 
 def checkpoint_to_resume(training: TrainArguments) -> str | None:
@@ -205,7 +223,7 @@ def load_model(arguments: ModelArguments, training: TrainArguments, task: Task =
         device_map={"": training.device} if quantized else None,
         **({"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}),
     )
-    freeze(model, arguments)
+    freeze(model, arguments, task.adapters.get(arguments.infer_mode))
     for head in task.heads:
         model.get_submodule(head).requires_grad_(True)
     if is_lora:

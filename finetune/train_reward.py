@@ -31,11 +31,15 @@ class RewardTrainer(FinetuneTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The mean loss of a batch, and its (pairs, 2) scores with `return_outputs`."""
-        scores = model(**inputs).logits
+        scores = self.scores(model, inputs)
         loss, scores = pairwise_loss(scores), scores.detach().float().view(-1, 2)
         if model.training:
             self._accuracies.append((scores[:, 0] > scores[:, 1]).float().mean())
         return (loss, scores) if return_outputs else loss
+
+    def scores(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """(2 x pairs, 1) scores, alternately of chosen and rejected conversations."""
+        return model(**inputs).logits
 
     def prediction_step(
         self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -68,6 +72,7 @@ REWARD = Task(
     dataset=PairDataset,
     collator=PairCollator,
     heads=("score",),
+    packs=False,
     peft_task="SEQ_CLS",
     pipeline="text-classification",
 )
