@@ -137,18 +137,19 @@ def check_options(kwargs: Mapping[str, object]) -> None:
         )
     if (hd_num := given.get("hd_num")) is not None:
         check_hd_num(hd_num)
-    if (multiple := given.get("pad_to_multiple_of")) is not None:
-        check_multiple(multiple)
+    for name in ("pad_to_multiple_of", "max_length"):
+        if (number := given.get(name)) is not None:
+            check_positive(name, number)
     if (side := given.get("padding_side", "left")) not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', not {side!r}")
 
 
-def check_multiple(number: int) -> None:
-    """Raise `TypeError` or `ValueError` for what rows can't be padded to a multiple of."""
+def check_positive(name: str, number: object) -> None:
+    """Raise `TypeError` or `ValueError` for what is no number of tokens."""
     if isinstance(number, bool) or not isinstance(number, Integral):
-        raise TypeError(f"pad_to_multiple_of must be an integer, got {number!r:.80}")
+        raise TypeError(f"{name} must be an integer, got {number!r:.80}")
     if number < 1:
-        raise ValueError(f"pad_to_multiple_of must be at least 1, got {number}; leave it out for no multiple")
+        raise ValueError(f"{name} must be at least 1, got {number}; leave it out for none")
 
 
 def default_template(version: str) -> str:

@@ -581,3 +581,13 @@ def test_wrong_arguments_of_the_processors_are_named(tokenizer):
 def test_every_option_is_described():
     for group in OPTION_GROUPS.values():
         assert all(name in group.__doc__.split("Args:")[1] for name in group.__annotations__)
+
+
+@pytest.mark.parametrize("name", ["pad_to_multiple_of", "max_length"])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(0, ValueError), (-2, ValueError), (2.5, TypeError), (True, TypeError), ("8", TypeError)],
+)
+def test_numbers_of_tokens_that_are_none(processor, name, value, error):
+    with pytest.raises(error, match=f"{name} must be (at least 1|an integer), got"):
+        processor()(text="hi", **{name: value})
