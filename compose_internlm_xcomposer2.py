@@ -6,7 +6,7 @@ one, and `compose` runs them all.
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -36,7 +36,7 @@ from .compose_prompts_internlm_xcomposer2 import (
     split_article,
     text_so_far,
 )
-from .image_processing_internlm_xcomposer2 import Visual
+from .image_processing_internlm_xcomposer2 import PictureMemo, Visual
 from .ixc_utils import check_hd_num
 from .media_internlm_xcomposer2 import MediaSource, load_image
 from .prompt_internlm_xcomposer2 import (
@@ -145,6 +145,7 @@ class Composer:
         self.settings = {**self.rules.sampling, **settings}
         self._settings_of(self.rules.article)  # raises what is wrong with them
         self._kept: dict[str, PromptCache | None] = {}
+        self._visuals: dict[Hashable, Visual] = {}
 
     # ---- all steps ----
 
@@ -432,7 +433,7 @@ class Composer:
             is_far_too_long = sum(map(len, prompt.texts)) > CHARACTERS_PER_TOKEN * limit
             if is_far_too_long and prompt is not prompts[-1]:
                 continue
-            visuals = [Visual(image=image, layout=self.rules.layout) for image in prompt.pictures]
+            visuals = [self._visual(image) for image in prompt.pictures]
             # One BOS at the very start, in every version of the demos.
             args = self.config, self.tokenizer, prompt.texts, visuals, self.hd_num
             planned = join_prompt(*args, bos_rule="2.5")
@@ -443,6 +444,11 @@ class Composer:
             f"{len(planned.lengths)} pictures, but at most {limit} fit; pass fewer pictures, lower hd_num or "
             "shorten the text"
         )
+
+    def _visual(self, image: Image.Image) -> Visual:
+        """The same for the same pixels, so that they are encoded once."""
+        visual = Visual(image=image, layout=self.rules.layout, memo=PictureMemo() if self.reuse else None)
+        return self._visuals.setdefault(visual.identity(self.config, self.hd_num, None), visual)
 
     def _settings_of(self, step: Step, **changes) -> dict:
         """`generate`'s arguments for one step."""

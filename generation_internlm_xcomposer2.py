@@ -33,6 +33,7 @@ from .cache_internlm_xcomposer2 import (
     reusable_length,
     rotates_by_length,
 )
+from .image_processing_internlm_xcomposer2 import PictureMemo, Visual, prepare_visuals
 from .modeling_internlm2 import check_ids, check_image_mask
 from .prompt_internlm_xcomposer2 import ChatPrompt, batch_inputs, check_length, context_length
 from .settings_internlm_xcomposer2 import (
@@ -51,7 +52,8 @@ class Begun:
     """A prompt whose first tokens are already computed, and what is needed to keep the rest too.
 
     Attributes:
-        inputs: as from `batch_inputs`, with only the pictures that are not computed yet.
+        inputs: as from `batch_inputs`, with only the pictures that are not computed yet, or with what the
+            tower made of them (`image_features`).
         cache: holds those first tokens, and everything once the answer is complete.
         tokens: what is at each position of the prompt: ids, and the identities of pictures.
         origin: what else keys and values depend on.
@@ -127,7 +129,8 @@ class GenerateMixin:
         start = 0 if cache is None else cache.get_seq_length()
         im_mask = None if (im_mask := inputs.get("im_mask")) is None else im_mask[:, start:]
         pictures = inputs.get("pixel_values"), inputs.get("image_grid_hw")
-        embeds, im_mask = self.embed_inputs(ids[:, start:], *pictures, im_mask)
+        features = inputs.get("image_features")
+        embeds, im_mask = self.embed_inputs(ids[:, start:], *pictures, im_mask, features)
         begun = {"inputs_embeds": embeds, "im_mask": im_mask}
         if cache is not None:
             begun[CACHE] = cache
@@ -339,8 +342,32 @@ def begin(model: nn.Module, prompt: ChatPrompt, earlier: PromptCache | None, inf
     # A picture of which only a part is there is computed again.
     shared = next((start for start, stop in prompt.spans() if start < shared < stop), shared)
     cache = earlier.restore(shared, config) if shared else GrowingCache(config)
-    inputs = batch_inputs(config, [prompt], num_cached=shared, font=font, device=model.input_device)
+    left = [
+        visual for visual, (start, _) in zip(prompt.visuals, prompt.spans(), strict=True) if start >= shared
+    ]
+    is_known = any(visual.memo is not None for visual in left)
+    num_cached = len(tokens) if is_known else shared
+    inputs = batch_inputs(config, [prompt], num_cached=num_cached, font=font, device=model.input_device)
+    if is_known:
+        inputs["image_features"] = encode_once(model, left, prompt.hd_num, origin)
     return Begun(inputs, cache, tokens, origin)
+
+
+@torch.no_grad()
+def encode_once(model: nn.Module, visuals: Sequence[Visual], hd_num: int, origin: Hashable) -> list[Tensor]:
+    """(tokens, hidden) of each picture, from its memo, where they are put if they are not known yet."""
+    origin = origin, hd_num
+    missing = [visual for visual in visuals if visual.memo is None or visual.memo.origin != origin]
+    if missing:
+        pictures = prepare_visuals(missing, model.config, hd_num, font=model.font)
+        encoded = iter(model.get_image_features(*pictures).pooler_output)
+    features = []
+    for visual in visuals:
+        memo = PictureMemo() if visual.memo is None else visual.memo
+        if memo.origin != origin:
+            memo.features, memo.origin = next(encoded), origin
+        features.append(memo.features)
+    return features
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import TypeVar
@@ -172,17 +172,32 @@ def batch_images(images: Sequence[PreparedImage]) -> tuple[Tensor, Tensor]:
 # ---- pictures and videos as callers pass them ----
 
 
+@dataclass
+class PictureMemo:
+    """What the tower made of a picture, kept for other prompts with it.
+
+    Attributes:
+        features: (tokens, hidden), once they are known.
+        origin: what they depend on besides the picture.
+    """
+
+    features: Tensor | None = None
+    origin: Hashable = None
+
+
 @dataclass(frozen=True)
 class Visual:
     """One picture (`image`), the frames of one video (`frames`), or pixels already normalised (`pixels`).
 
-    A picture is cut by the rule of the version, or by another of `TILE_RULES` (`layout`).
+    A picture is cut by the rule of the version, or by another of `TILE_RULES` (`layout`). With a `memo`, it
+    is encoded only once for several prompts.
     """
 
     image: Image.Image | None = None
     frames: tuple[Image.Image, ...] = ()
     pixels: Tensor | None = None  # (3, height, width)
     layout: str | None = None
+    memo: PictureMemo | None = field(default=None, compare=False)
 
     def grid(self, config, hd_num: int) -> tuple[int, int]:
         """(rows, cols) of local tiles, from sizes alone."""

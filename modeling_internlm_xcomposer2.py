@@ -377,35 +377,41 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
         pixel_values: Tensor | None = None,
         image_grid_hw: Tensor | None = None,
         im_mask: Tensor | None = None,
+        features: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Ids and pictures -> (batch, tokens, hidden) embeddings, (batch, tokens) mask of image tokens.
 
         Args:
             im_mask: where the image tokens are; by default, wherever `config.image_token_id` is.
+            features: (tokens, hidden) of each picture, if they are known already, instead of pixels.
 
         Raises:
             TypeError, ValueError: no ids of the vocabulary, or the numbers of places and of the pictures'
                 tokens differ.
         """
         check_ids(input_ids, self.config.text_config.vocab_size)
-        if pixel_values is None:
+        if pixel_values is None and features is None:
             return self.model.tok_embeddings(input_ids), None
         im_mask = (
             input_ids == self.config.image_token_id
             if im_mask is None
             else im_mask.to(input_ids.device).bool()
         )
-        grids = check_grids(self.config, pixel_values, image_grid_hw)
-        num_features = sum(self.num_image_tokens(*grid) for grid in grids)
+        if features is None:
+            grids = check_grids(self.config, pixel_values, image_grid_hw)
+            lengths = [self.num_image_tokens(*grid) for grid in grids]
+        else:
+            lengths = [len(picture) for picture in features]
         num_places = int(im_mask.sum())
-        if num_places != num_features:
+        if num_places != sum(lengths):
             raise ValueError(
-                f"the prompt reserves {num_places} image tokens but {len(grids)} pictures give "
-                f"{num_features}; check the <ImageHere> marks and image_grid_hw"
+                f"the prompt reserves {num_places} image tokens but {len(lengths)} pictures give "
+                f"{sum(lengths)}; check the <ImageHere> marks and image_grid_hw"
             )
         embeds = self.model.tok_embeddings(input_ids)
-        features = torch.cat(self.get_image_features(pixel_values, image_grid_hw).pooler_output)
-        features = features.to(embeds.device, embeds.dtype)
+        if features is None:
+            features = self.get_image_features(pixel_values, image_grid_hw).pooler_output
+        features = torch.cat(list(features)).to(embeds.device, embeds.dtype)
         return embeds.masked_scatter(im_mask.to(embeds.device)[..., None], features), im_mask
 
     # ---- running ----

@@ -15,6 +15,7 @@ from internlm_xcomposer2.compose_prompts_internlm_xcomposer2 import (
     read_spots,
     split_article,
 )
+from internlm_xcomposer2.image_processing_internlm_xcomposer2 import Visual
 from internlm_xcomposer2.prompt_internlm_xcomposer2 import batch_inputs
 from PIL import Image
 
@@ -477,6 +478,58 @@ def test_reuse_changes_nothing(composing, version):
     assert kept.lines == again.lines and len(kept.pictures) > 0
     for one, other in zip(kept.pictures.values(), again.pictures.values(), strict=True):
         assert (one.caption, one.choice) == (other.caption, other.choice)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("choose_by", ["logits", "text"])
+def test_each_picture_is_encoded_once(composing, version, choose_by):
+    model = composing(version)
+    encode, num_tiles = model.vit.encode_tiles, []
+    model.vit.encode_tiles = lambda tiles: num_tiles.append(len(tiles)) or encode(tiles)
+    uploads = [colour(number, (56 + 56 * number, 56)) for number in range(4)]
+    composer = model.composer(fill_spots=True, choose_by=choose_by, max_new_tokens=5, seed=1)
+    composer.write("write", uploads)
+    article = composer.article_of("write", "one\ntwo\nthree\nfour")
+    *_, (_, article) = composer.illustrate(article, uploads, num_pictures=3)
+    assert len(article.pictures) == 3
+    grids = [Visual(image=image, layout="centred").grid(model.config, 4) for image in uploads]
+    assert sum(num_tiles) == (4 if version == "2" else sum(1 + rows * cols for rows, cols in grids))
+    assert len(num_tiles) == 1
+
+
+def test_the_text_is_computed_once(composing):
+    """Each prompt computes only what differs from the one before it."""
+    model = composing("2")
+    computed = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    planned, answer = [], model._answer
+
+    def record(prompts, *args, **kwargs):
+        planned.extend(prompts)
+        computed.clear()
+        result = answer(prompts, *args, **kwargs)
+        planned[-1] = (prompts[0], computed[0])
+        return result
+
+    model._answer = record
+    composer = model.composer(max_new_tokens=10, seed=3)
+    article = composer.article_of("write", "\n".join(f"line {i} is about cats" for i in range(8)))
+    composer.find_spots(article, 2)
+    for spot in (2, 5):
+        article = article.with_picture(spot, Picture(composer.caption(article, spot)))
+    for spot in (2, 5):
+        candidates = tuple(Candidate(i, colour(i)) for i in range(spot, spot + 3))
+        article = article.with_picture(spot, Picture("", candidates))
+        article = article.with_choice(spot, composer.choose(article, spot))
+    lengths = [(len(prompt.ids), num_computed) for prompt, num_computed in planned]
+    assert lengths[0][0] == lengths[0][1]
+    # Captions begin with lines of the article, the second choice with the text of the first.
+    for (one, _), (other, num_computed) in zip(planned, planned[1:], strict=False):
+        shared = next(i for i, (a, b) in enumerate(zip(one.ids, other.ids, strict=False)) if a != b)
+        assert num_computed <= len(other.ids) - min(shared, len(other.ids) - 1)
+    assert sum(computed for _, computed in lengths) < 0.8 * sum(length for length, _ in lengths)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
