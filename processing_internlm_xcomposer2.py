@@ -479,6 +479,23 @@ class InternLMXComposer2Processor(ProcessorMixin):
         """The ids that stand for pictures."""
         return [self.image_token_id]
 
+    def encode_text(
+        self, text: str, image_lengths: Sequence[int] = (), *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """A whole prompt with a mark for each picture -> ids, for engines that count pictures themselves.
+
+        Args:
+            text: BOS is added where it is missing; in version 2.5, a single picture needs no mark.
+            image_lengths: how many tokens each picture takes, in the order of the marks.
+            add_special_tokens: False leaves BOS out unless the text begins with it.
+
+        Raises:
+            ValueError: the numbers of marks and pictures differ, or the text contains `image_piece`.
+        """
+        bos = self.tokenizer.bos_token
+        pieces = place_images(text.removeprefix(bos), len(image_lengths), version=self.version)
+        return self._encode(pieces, list(image_lengths), add_special_tokens or text.startswith(bos))
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """What the mark of a picture becomes: its piece, once for each of its tokens.
 
