@@ -77,6 +77,21 @@ class InternLM2RotaryEmbedding(nn.Module):
         return angles.cos() * scale, angles.sin() * scale
 
 
+def unpack_heads(packed: Tensor, num_heads: int, num_key_value_heads: int, dim: int = 0) -> Tensor:
+    """Features of `wqkv` as checkpoints pack them -> those of all queries, then all keys, then all values.
+
+    Engines with one matrix for each of the three read them in this order.
+
+    Args:
+        packed: queries, a key and a value for each key-value head, along `dim`; if they are packed into few
+            bits, one element may hold several features of a head.
+    """
+    groups = packed.movedim(dim, 0)
+    groups = groups.unflatten(0, (num_key_value_heads, num_heads // num_key_value_heads + 2, -1))
+    parts = groups[:, :-2].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)
+    return torch.cat(parts).movedim(0, dim).contiguous()
+
+
 def rotate_half(x: Tensor) -> Tensor:
     """(..., d) -> (..., d): the second half negated, then the first."""
     first, second = x.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""The command `ixc2`: ask a model, write with it, adopt a published checkpoint, or describe one."""
+"""The command `ixc2`: ask a model, write with it, adopt a published checkpoint, describe one, export adapters."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..configuration_internlm_xcomposer2 import TEXT_SIZES
 from . import ask, pages
+from .adapters import export_adapters
 from .adopt import MAX_SHARD_SIZE, Adoption, adopt
 from .examine import (
     FORMULAS,
@@ -96,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
         "--picture", type=_size, default=PICTURE, metavar="WxH", help=f"in pixels; default: {PICTURE}"
     )
     command.set_defaults(run=_inspect)
+    command = commands.add_parser(
+        "adapters",
+        help="export the task adapters as LoRA for vLLM",
+        description="Write DST/write and DST/web, which vLLM serves with --lora-modules.",
+    )
+    _add_source(command)
+    command.add_argument("target", metavar="DST", help="a new directory")
+    command.set_defaults(run=_export_adapters)
     return parser
 
 
@@ -151,6 +160,15 @@ def _print_what_was_done(adoption: Adoption) -> None:
     for name in adoption.kept:
         print(f"kept {name}, which was changed after it was written; delete it and run again to restore it")
     print(f"load it: AutoModel.from_pretrained({str(target)!r}, trust_remote_code=True)")
+
+
+# ---- adapters ----
+
+
+def _export_adapters(options: argparse.Namespace) -> None:
+    source = fetch(options.source, options.hub, options.revision, options.subfolder)
+    for mode, rank in export_adapters(source, options.target, options.num_attention_heads).items():
+        print(f"wrote {options.target}/{mode} (rank {rank})")
 
 
 # ---- inspect ----

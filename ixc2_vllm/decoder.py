@@ -39,7 +39,7 @@ from vllm.sequence import IntermediateTensors
 class ImageLowRank(nn.Module):
     """The image-only half of one or more linears that vLLM computes as one.
 
-    Of `scale * B(A(x))` it keeps the columns of A for the inputs, and the rows of B for the outputs, that this
+    Of `scale * B(A(x))` it keeps the columns of A for the inputs and the rows of B for the outputs that this
     process has. Behind a linear whose inputs are split, it is added before the processes sum up.
 
     Args:
@@ -100,18 +100,6 @@ def own_heads(heads: int, kv_heads: int, head_dim: int) -> list[range]:
     values = keys + kv_heads * head_dim
     shifted = [range(start + own.start, start + own.stop) for start in (keys, values)]
     return [own_share(heads * head_dim), *shifted]
-
-
-def regroup_heads(packed: Tensor, heads: int, kv_heads: int, dim: int = 0) -> Tensor:
-    """Features packed for each key-value head as its queries, its key, its value -> all queries, keys, values.
-
-    Args:
-        dim: which dimension holds the features; a packed type may hold several in one element.
-    """
-    features = packed.movedim(dim, 0)
-    groups = features.unflatten(0, (kv_heads, heads // kv_heads + 2, -1))
-    parts = groups[:, :-2].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)
-    return torch.cat(parts).movedim(0, dim).contiguous()
 
 
 # ---- layers ----

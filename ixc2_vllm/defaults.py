@@ -1,4 +1,4 @@
-"""What an engine is set to when it loads a checkpoint of the family. Light: imported in every vLLM process."""
+"""What an engine is set to when it loads a checkpoint of the family. Every vLLM process imports this."""
 
 from pathlib import Path
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from internlm_xcomposer2.build_mlp import MAX_TILES_PER_BATCH, assemble_tiles
+from internlm_xcomposer2.modeling_internlm2 import unpack_heads
 from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed import get_pp_group
@@ -17,7 +18,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, 
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
-from .decoder import FamilyDecoder, regroup_heads
+from .decoder import FamilyDecoder
 from .processing import (
     IMAGE,
     VIDEO,
@@ -191,11 +192,11 @@ class InternLMXComposer2ForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, S
         Raises:
             ValueError: a tensor belongs to no part of the model.
         """
-        return AutoWeightsLoader(self).load_weights(self._regrouped(weights), mapper=NAMES)
+        return AutoWeightsLoader(self).load_weights(self._with_unpacked_heads(weights), mapper=NAMES)
 
-    def _regrouped(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _with_unpacked_heads(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The tensors, with all queries, all keys and all values one after the other."""
         heads, kv_heads = self.text_config.num_attention_heads, self.text_config.num_key_value_heads
         for name, weight in weights:
             dim = next((dim for pattern, dim in PACKED_HEADS.items() if pattern.search(name)), None)
-            yield name, weight if dim is None else regroup_heads(weight, heads, kv_heads, dim)
+            yield name, weight if dim is None else unpack_heads(weight, heads, kv_heads, dim)

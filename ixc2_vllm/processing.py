@@ -25,7 +25,7 @@ from . import NAME
 
 IMAGE, VIDEO = "image", "video"
 
-# Frames whose composite has the most tokens that a video of usual shape can have, as (height, width) in pixels.
+# (height, width) of frames whose composite has the most tokens that a video of usual shape can have.
 LARGEST_FRAMES = ((720, 1280), (1280, 720))
 
 

@@ -114,7 +114,7 @@ class FamilyRenderer(BaseRenderer):
     # ---- whole prompts ----
 
     def _tokenize_prompt(self, prompt: TextPrompt, params: TokenizeParams) -> TokensPrompt:
-        """A prompt with its markup and a mark for each picture, as `/v1/completions` and `generate` take it."""
+        """A prompt with markup and a mark for each picture, as `/v1/completions` and `generate` take it."""
         text, media = prompt["prompt"], prompt.get("multi_modal_data")
         counts = {}
         if media:
