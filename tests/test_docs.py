@@ -43,7 +43,7 @@ LINKING = (
     "benchmarks/RESULTS.md",
 )
 BLOCK = re.compile(r"(?:<!-- ([^\n]*) -->\n)?```(\w*)\n(.*?)```\n", re.DOTALL)
-OUTSIDE = ("published", "server")  # examples that need a download, or the server of test_serve.py
+OUTSIDE = ("published", "server", "vllm")  # need a download, test_serve.py's server, or vLLM
 SIZES = ((640, 480), (1920, 1080), (3840, 2160))  # width, height
 NUM_ANSWER_TOKENS = 4  # of the methods that write, whose answers here are noise
 
