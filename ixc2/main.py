@@ -1,4 +1,4 @@
-"""The command `ixc2`: ask a model, write with it, adopt a published checkpoint, describe one, export adapters."""
+"""The command `ixc2`: ask a model, write with it, adopt or describe a checkpoint, export its adapters."""
 
 import argparse
 import json
