@@ -591,3 +591,19 @@ def test_every_option_is_described():
 def test_numbers_of_tokens_that_are_none(processor, name, value, error):
     with pytest.raises(error, match=f"{name} must be (at least 1|an integer), got"):
         processor()(text="hi", **{name: value})
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_text_with_lengths_has_the_ids_that_pictures_of_them_would_give(version, processor):
+    ready = processor(version)
+    text = "<s>One <ImageHere> and <ImageHere>, which?"
+    inputs = ready(text=text, images=[picture(), picture(60, 200)], hd_num=2)
+    lengths = [ready.image_processor.num_image_tokens(*grid) for grid in inputs["image_grid_hw"].tolist()]
+    assert ready.encode_text(text, lengths) == inputs["input_ids"][0]
+    assert ready.encode_text(text.removeprefix("<s>"), lengths) == inputs["input_ids"][0]
+    bare = ready.encode_text("Hello", add_special_tokens=False)
+    assert bare == ready.encode_text("Hello")[1:] and ready.tokenizer.bos_token_id not in bare
+    with pytest.raises(ValueError, match="2 <ImageHere> marks .* 1 pictures"):
+        ready.encode_text(text, lengths[:1])
+    with pytest.raises(ValueError, match="stands for image tokens"):
+        ready.encode_text(f"{text}{ready.image_piece}", lengths)
