@@ -72,7 +72,6 @@ class Tower(nn.Module):
 class InternLMXComposer2ForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
     """Tower, projector and decoder, with the interfaces of vLLM's models."""
 
-    requires_raw_input_tokens = True  # they tell which tokens are image tokens
     packed_modules_mapping = {"wqkv": ["wqkv"], "gate_up_proj": ["w1", "w3"]}
     embedding_modules = {}
     hf_to_vllm_mapper = NAMES
@@ -101,7 +100,7 @@ class InternLMXComposer2ForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, S
             name = maybe_prefix(prefix, "output")
             self.output = ParallelLMHead(self.text_config.vocab_size, hidden, prefix=name)
         self.logits_processor = LogitsProcessor(self.text_config.vocab_size)
-        # Graphs read their inputs where they were when they were recorded.
+        # What is where in the current step. Graphs read it where it was when they were recorded.
         num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.register_buffer("image_mask", torch.zeros(num_tokens, 1), persistent=False)
         self.is_compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
@@ -133,6 +132,23 @@ class InternLMXComposer2ForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, S
 
     # ---- decoder ----
 
+    def embed_input_ids(
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: list[Tensor] | None = None,
+        *,
+        is_multimodal: Tensor | None = None,
+    ) -> Tensor:
+        """(tokens,) ids -> (tokens, hidden), those of pictures in their places.
+
+        vLLM calls this before each step, and only here says which tokens belong to pictures: an image piece
+        that the model itself generated doesn't.
+        """
+        self.image_mask.zero_()
+        if is_multimodal is not None:
+            self.image_mask[: len(is_multimodal), 0].copy_(is_multimodal, non_blocking=True)
+        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
+
     def make_empty_intermediate_tensors(
         self, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> IntermediateTensors:
@@ -154,35 +170,21 @@ class InternLMXComposer2ForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, S
         inputs_embeds: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor | IntermediateTensors:
-        """(tokens,) ids, and their embeddings with those of pictures -> (tokens, hidden)."""
-        mask = self._image_mask(input_ids, positions, intermediate_tensors)
+        """(tokens,) ids, or their embeddings with those of pictures -> (tokens, hidden)."""
+        mask = self.image_mask[: positions.shape[-1]]
         if intermediate_tensors is not None:
-            input_ids = inputs_embeds = None
+            mask.copy_(intermediate_tensors["image_mask"])
             names = ("hidden_states", "residual")
             intermediate_tensors = IntermediateTensors({name: intermediate_tensors[name] for name in names})
         used = mask if self.is_compiled or mask.device.type != "cpu" or bool(mask.any()) else None
         output = self.model(input_ids, positions, intermediate_tensors, inputs_embeds, used)
         if isinstance(output, IntermediateTensors):
-            output = IntermediateTensors({**output.tensors, "image_mask": mask})
+            output = IntermediateTensors({**output.tensors, "image_mask": mask.clone()})
         return output
 
-    def _image_mask(
-        self, input_ids: Tensor | None, positions: Tensor, passed_on: IntermediateTensors | None
-    ) -> Tensor:
-        """(tokens, 1), one on image tokens, at the same address in each step."""
-        mask = self.image_mask[: positions.shape[-1]]
-        if passed_on is not None:
-            return mask.copy_(passed_on["image_mask"])
-        if input_ids is None:  # a dummy run
-            return mask.zero_()
-        return mask.copy_((input_ids == self.config.image_token_id)[:, None])
-
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """(tokens, hidden) -> (tokens, vocabulary); an answer never contains an image token."""
-        logits = self.logits_processor(self.output, hidden_states)
-        if logits is not None:
-            logits[:, self.config.image_token_id] = float("-inf")
-        return logits
+        """(tokens, hidden) -> (tokens, vocabulary)."""
+        return self.logits_processor(self.output, hidden_states)
 
     # ---- weights ----
 

@@ -102,6 +102,9 @@ NANO_QUESTIONS = [
     ),
 ]
 
+# Version of each published layout, and the side of its square or tile, scaled down.
+LAYOUTS = {"2": ("2", 28), "vl": ("2", 70), "4khd": ("2-4khd", 56), "2d5": ("2.5", 56)}
+
 # What every layout is asked; all but 2.5 need a mark for each picture.
 LAYOUT_QUESTIONS = [
     Question(f"{IMAGE_MARK}What shape is the object?", ("star.png",)),
