@@ -2,7 +2,8 @@
 
 import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ os.environ |= {
 }
 
 import torch
+from helpers import TINY_TOWER, flat_config, published_weights, tiny_model, write_published
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Tokenizer
 from internlm_xcomposer2.prompt_internlm_xcomposer2 import META_INSTRUCTION, format_prompt, system_text
 from internlm_xcomposer2.tokenization_internlm_xcomposer2 import IMAGE_MARK
@@ -119,6 +121,28 @@ LAYOUT_QUESTIONS = [
         history=((f"{IMAGE_MARK}What is it?", "a star"), ("Sure?", "yes")),
     ),
 ]
+
+
+# ---- checkpoints ----
+
+# vLLM's attention on CPUs has heads of 32 at least.
+WIDE = {"hidden_size": 128, "intermediate_size": 192, "max_position_embeddings": 2048}
+
+
+def write_layout(layout: str, folder: Path, changes: Callable[[dict], dict] = dict) -> Path:
+    """A random checkpoint with a `config.json` as flat as published -> its directory.
+
+    Args:
+        changes: its weights by published name -> those that are written.
+    """
+    version, side = LAYOUTS[layout]
+    adapters = {"sft": 4, "dpo": 4, "web": 8} if version == "2.5" else {}
+    ranks = {"plora_wqkv_rank": 2, "plora_wqkv_alpha": 4} if version == "2-4khd" else {}
+    tower = {**TINY_TOWER, "hidden_size": 64, "image_size": side}
+    model = tiny_model(version, vision_config=tower, task_adapters=adapters, **WIDE, **ranks)
+    write_published(folder, changes(published_weights(model)), flat_config(model))
+    shutil.copy(ROOT / "tokenizer.model", folder)
+    return folder
 
 
 # ---- chat ----

@@ -157,7 +157,14 @@ def test_dynamic_positions_end_where_they_were_trained():
     assert plain.max_model_len == 200
 
 
-# ---- the image ----
+# ---- the image, the checklist ----
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU; run it by itself")
+def test_the_checklist_says_that_nothing_was_checked_without_a_gpu():
+    command = [sys.executable, "tests_vllm/gpu_checklist.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stdout == "there is no GPU: nothing was checked\n"
 
 
 def test_the_dockerfile_names_files_that_exist():
