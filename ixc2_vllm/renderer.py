@@ -5,6 +5,7 @@ image tokens as its picture takes.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 import jinja2
@@ -77,23 +78,23 @@ class FamilyRenderer(BaseRenderer):
 
     def render_messages(self, messages: list[dict], params: ChatParams) -> tuple[list[dict], TokensPrompt]:
         """A conversation of OpenAI's API -> the same with its media read, and its prompt."""
-        parsed = parse_chat_messages(messages, self.model_config, "openai", *_media_options(params))
+        with refusals():
+            parsed = parse_chat_messages(messages, self.model_config, "openai", *_media_options(params))
         return parsed[0], self._finish(*parsed, params)
 
     async def render_messages_async(
         self, messages: list[dict], params: ChatParams
     ) -> tuple[list[dict], TokensPrompt]:
         """Like `render_messages`; media are read at the same time."""
-        parsed = await parse_chat_messages_async(
-            messages, self.model_config, "openai", *_media_options(params)
-        )
+        with refusals():
+            parsed = await parse_chat_messages_async(
+                messages, self.model_config, "openai", *_media_options(params)
+            )
         return parsed[0], await self._finish_async(*parsed, params)
 
     def _finish(self, conversation: list[dict], media, uuids, params: ChatParams) -> TokensPrompt:
-        try:
+        with refusals():
             prompt = TokensPrompt(prompt_token_ids=self._encode_messages(conversation, params))
-        except (TypeError, ValueError, jinja2.TemplateError) as error:
-            raise VLLMValidationError(str(error), parameter="messages") from error
         if media is not None:
             prompt["multi_modal_data"] = media
         if uuids is not None:
@@ -119,11 +120,9 @@ class FamilyRenderer(BaseRenderer):
         counts = {}
         if media:
             counts = self.get_mm_processor().info.parse_mm_data(media, validate=False).get_all_counts()
-        try:
+        with refusals("prompt"):
             text, kinds = order_marks(text, counts.get(IMAGE, 0), counts.get(VIDEO, 0))
             ids = self.encode(text, kinds, add_special_tokens=params.add_special_tokens)
-        except ValueError as error:
-            raise VLLMValidationError(str(error), parameter="prompt") from error
         return self._build_tokens_prompt(ids, prompt)
 
     def encode(self, text: str, kinds: Sequence[str], add_special_tokens: bool = True) -> list[int]:
@@ -139,6 +138,18 @@ class FamilyRenderer(BaseRenderer):
         marks = iter([mark_of(self.processor, kind) for kind in kinds])
         parts = [next(marks) if token == self.processor.image_token_id else [token] for token in ids]
         return [token for part in parts for token in part]
+
+
+@contextmanager
+def refusals(parameter: str = "messages") -> Iterator[None]:
+    """Whatever is wrong with a request as the error that vLLM's server answers with status 400 and its text.
+
+    A file that the server doesn't allow is a `RuntimeError` in vLLM.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, jinja2.TemplateError) as error:
+        raise VLLMValidationError(str(error), parameter=parameter) from error
 
 
 def _media_options(params: ChatParams) -> tuple[dict | None, dict | None]:
