@@ -137,9 +137,9 @@ def as_source(source: object, describe: Describe | None) -> PictureSource | None
         return None
     if isinstance(source, str | os.PathLike):
         return FolderSource(source, describe)
-    if isinstance(source, FolderSource) and source.describe is None:
-        source.describe = describe
     if hasattr(source, "search"):
+        if getattr(source, "describe", describe) is None:  # a folder; remote code has a class of its own
+            source.describe = describe
         return source
     if callable(source):
         return SearchFunction(source)
