@@ -6,6 +6,8 @@ published checkpoints with this code rather than the code that ships with them.
 
 import functools
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import transformers
 from transformers import (
@@ -22,6 +24,14 @@ from .configuration_internlm_xcomposer2 import (
     PUBLISHED_MODEL_TYPES,
     InternLMXcomposer2Config,
     InternLMXcomposer2TextConfig,
+)
+from .files_internlm_xcomposer2 import (
+    CONFIG_KINDS,
+    SMALL_FILES,
+    blaming,
+    check_fields,
+    check_small_files_in,
+    read_fields,
 )
 from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImageProcessor
 from .ixc_utils import draw_boxes, parse_boxes
@@ -71,10 +81,11 @@ def _recognise_published() -> None:
 
     @functools.wraps(read)
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        source = pretrained_model_name_or_path
         own = {name: value for name, value in kwargs.items() if name not in _OF_REMOTE_CODE}
-        if not is_published(pretrained_model_name_or_path, **own):
-            return read(cls, pretrained_model_name_or_path, **kwargs)
-        return InternLMXcomposer2Config.from_pretrained(pretrained_model_name_or_path, **own)
+        if not is_published(source, **own):
+            return read(cls, source, **kwargs)
+        return InternLMXcomposer2Config.from_pretrained(source, name_or_path=os.fspath(source), **own)
 
     AutoConfig.from_pretrained = classmethod(from_pretrained)
 
@@ -90,15 +101,54 @@ def is_published(source: str | os.PathLike, **kwargs) -> bool:
     """
     try:
         fields, _ = PreTrainedConfig.get_config_dict(source, **kwargs)
+        model_type = fields.get("model_type")
     except Exception:  # AutoConfig reports whatever is wrong with it
         return False
-    if fields.get("model_type") not in PUBLISHED_MODEL_TYPES[1:]:
-        return False
-    auto_map = fields.get("auto_map") or {}
-    names = [*(fields.get("architectures") or ()), *(str(name).split(".")[-1] for name in auto_map.values())]
-    return not names or any(name.lower().startswith("internlmxcomposer2") for name in names)
+    if model_type not in PUBLISHED_MODEL_TYPES[1:]:
+        return model_type == PUBLISHED_MODEL_TYPES[0]
+    auto_map, architectures = fields.get("auto_map") or {}, fields.get("architectures") or ()
+    listed = auto_map.values() if isinstance(auto_map, dict) else ()
+    names = [*(architectures if isinstance(architectures, list) else ()), *listed]
+    return not names or any(
+        str(name).split(".")[-1].lower().startswith("internlmxcomposer2") for name in names
+    )
+
+
+def _name_files() -> None:
+    """Let the `Auto` classes name the file that is wrong in a directory, in place of what came of it.
+
+    They read some files themselves, before any class of this package is asked.
+    """
+    for kind in (AutoConfig, AutoTokenizer, AutoImageProcessor, AutoProcessor):
+        kind.from_pretrained = classmethod(_naming_files(kind.from_pretrained.__func__))
+
+
+def _naming_files(read: Callable) -> Callable:
+    @functools.wraps(read)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs):
+        try:
+            return read(cls, pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            try:
+                check_files(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+            except ValueError as fault:
+                raise fault from error
+            raise
+
+    return from_pretrained
+
+
+def check_files(folder: Path) -> None:
+    """Raise `ValueError` for JSON files without fields, or with wrong ones in a checkpoint of this family."""
+    present = [folder / name for name in ("config.json", *SMALL_FILES) if os.path.isfile(folder / name)]
+    fields = {path.name: read_fields(path) for path in present}
+    if fields.get("config.json", {}).get("model_type") in PUBLISHED_MODEL_TYPES:
+        with blaming(folder / "config.json"):
+            check_fields(fields["config.json"], CONFIG_KINDS)
+        check_small_files_in(folder)
 
 
 if __name__ == "internlm_xcomposer2":  # pytest imports the same file under the name of its directory
     _register()
     _recognise_published()
+    _name_files()

@@ -384,9 +384,9 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         """
         source = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         file = os.path.join(source, CONFIG_NAME) if os.path.isdir(source) else source
-        if kwargs.get("gguf_file") is None and is_file(file):
-            read_fields(file)
         with blaming(file):
+            if kwargs.get("gguf_file") is None and is_file(file):
+                check_fields(read_fields(file), CONFIG_KINDS)
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -418,11 +418,11 @@ PROCESSOR_KINDS = _or_none(
         **dict.fromkeys(("img_size", "tile_tokens_per_side"), whole(1, MAX_SIDE)),
         **dict.fromkeys(("version", "processor_class", "image_processor_type", "video_processor_type"), TEXT),
         **dict.fromkeys(("image_processor", "video_processor", "auto_map"), MAPPING),
-        "image_token_id": TOKEN,
         "hd_num": SIZE,
         "chat_template": _TEMPLATE,
     }
 )
+PROCESSOR_KINDS["image_token_id"] = TOKEN
 
 
 class _Everything(dict):
@@ -467,6 +467,18 @@ def check_small_file(path: Path) -> dict:
             if isinstance(fields.get(name), Mapping):
                 check_fields(fields[name], kinds, f"{name}.")
     return fields
+
+
+# Which of them a tokenizer and a processor read.
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+def check_small_files_in(folder: str | os.PathLike, names: Iterable[str] = tuple(SMALL_FILES)) -> None:
+    """Raise `ValueError` for the first of these files in a directory that can't be used, if there is one."""
+    for path in (Path(folder, name) for name in names):
+        if is_file(path):
+            check_small_file(path)
 
 
 # ---- writing ----

@@ -23,8 +23,14 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from .access_internlm_xcomposer2 import MediaAccess
-from .checkpoint_internlm_xcomposer2 import checkpoint_config, has_file, hub_arguments_in
+from .checkpoint_internlm_xcomposer2 import (
+    check_small_files,
+    checkpoint_config,
+    has_file,
+    hub_arguments_in,
+)
 from .configuration_internlm_xcomposer2 import IMAGE_PROCESSOR_AUTO_MAP, VERSIONS
+from .files_internlm_xcomposer2 import PROCESSOR_KINDS, blaming, check_fields
 from .ixc_utils import (
     Font,
     check_hd_num,
@@ -443,6 +449,8 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
         hd_num: int = 24,
         **kwargs,
     ) -> None:
+        given = {"version": version, "img_size": img_size, "tile_tokens_per_side": tile_tokens_per_side}
+        check_fields({**given, **kwargs}, PROCESSOR_KINDS, owner=type(self))
         super().__init__(**{"auto_map": dict(IMAGE_PROCESSOR_AUTO_MAP), **kwargs})
         if version not in VERSIONS:
             raise ValueError(f"unknown version {version!r}; this package knows {', '.join(VERSIONS)}")
@@ -470,7 +478,10 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
         own_files = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
         known = os.path.isfile(source) or any(has_file(source, name, **hub_arguments) for name in own_files)
         if known or not has_file(source, CONFIG_NAME, **hub_arguments):
-            return super().from_pretrained(source, **kwargs)
+            if not os.path.isfile(source):
+                check_small_files(source, own_files, **hub_arguments)
+            with blaming(source):
+                return super().from_pretrained(source, **kwargs)
         return cls.for_config(checkpoint_config(source, **hub_arguments))
 
     @property

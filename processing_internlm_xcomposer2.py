@@ -14,8 +14,14 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
 from .access_internlm_xcomposer2 import MediaAccess, bad_requests
-from .checkpoint_internlm_xcomposer2 import checkpoint_config, has_file, hub_arguments_in
+from .checkpoint_internlm_xcomposer2 import (
+    check_small_files,
+    checkpoint_config,
+    has_file,
+    hub_arguments_in,
+)
 from .configuration_internlm_xcomposer2 import PROCESSOR_AUTO_MAP
+from .files_internlm_xcomposer2 import PROCESSOR_FILES, TOKENIZER_FILES, blaming
 from .image_processing_internlm_xcomposer2 import (
     InternLMXComposer2ImageProcessor,
     Visual,
@@ -239,7 +245,9 @@ class InternLMXComposer2Processor(ProcessorMixin):
         if has_file(source, PROCESSOR_NAME, **hub_arguments) or not has_file(
             source, CONFIG_NAME, **hub_arguments
         ):
-            return super().from_pretrained(source, **kwargs)
+            check_small_files(source, (*PROCESSOR_FILES, *TOKENIZER_FILES), **hub_arguments)
+            with blaming(source):
+                return super().from_pretrained(source, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
         return cls.for_config(checkpoint_config(source, **hub_arguments), tokenizer)
 

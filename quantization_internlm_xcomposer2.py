@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint_internlm_xcomposer2 import TensorHeader, quantize_fields, shapes_of
 from .configuration_internlm_xcomposer2 import published_name
+from .files_internlm_xcomposer2 import blaming
 from .kernels_internlm_xcomposer2 import INT4_BITS, Int4Weight, KeepsTypes, Linear, multiply, pack_int4
 
 logger = logging.get_logger(__name__)
@@ -482,6 +483,9 @@ def packing_to_read(
         says = quantize_fields(source, **hub_arguments)
     packing = packing_of(shapes_of(headers), {"quantization_config": says})
     if packing is None:
+        if isinstance(says, dict):  # transformers' quantisers read it
+            with blaming(f"{source}/config.json: quantization_config"):
+                AutoQuantizationConfig.from_dict(dict(says))
         return None
     words = [f"{linear}.{part}" for linear in packing.linears for part in ("qweight", "qzeros")]
     if wrong := [name for name in words if headers[name].dtype != torch.int32]:

@@ -23,6 +23,15 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models
 from transformers import AddedToken, PreTrainedTokenizer
 
+from .files_internlm_xcomposer2 import (
+    TOKENIZER_FILES,
+    TOKENIZER_KINDS,
+    blaming,
+    check_fields,
+    check_small_files_in,
+    read_small,
+)
+
 BEGIN_OF_TURN = "[UNUSED_TOKEN_146]"
 END_OF_TURN = "[UNUSED_TOKEN_145]"
 IMAGE_MARK = "<ImageHere>"
@@ -251,6 +260,19 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
         )
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *inputs, **kwargs):
+        """Like the base class.
+
+        Raises:
+            OSError: a file is missing.
+            ValueError: a file can't be read, or a field is wrong; names the file and the field.
+        """
+        source = pretrained_model_name_or_path
+        check_small_files_in(os.path.join(source, kwargs.get("subfolder") or ""), TOKENIZER_FILES)
+        with blaming(source):
+            return super().from_pretrained(source, *inputs, **kwargs)
+
+    @classmethod
     def convert_to_native_format(cls, **kwargs):
         """The constructor's arguments as `from_pretrained` found them, after checking the vocabulary.
 
@@ -432,7 +454,8 @@ def _existing_file(vocab_file: str | os.PathLike | None, source: str | None) -> 
 def _load_model(
     vocab_file: str, options: dict[str, bool | int | float], specials: tuple[str | AddedToken, ...]
 ) -> sentencepiece.SentencePieceProcessor:
-    content = Path(vocab_file).read_bytes()
+    check_fields({"sp_model_kwargs": options}, TOKENIZER_KINDS)
+    content = read_small(vocab_file)
     try:
         if not content:
             raise RuntimeError("the file is empty")

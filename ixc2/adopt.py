@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint_internlm_xcomposer2 import INDEX_FILES, read_headers
-from ..files_internlm_xcomposer2 import check_link, is_plain_name, read_fields, read_small, shown, staging
+from ..files_internlm_xcomposer2 import (
+    PROCESSOR_FILES,
+    check_link,
+    is_plain_name,
+    read_fields,
+    read_small,
+    shown,
+    staging,
+)
 from .convert import INDEX, Piece, convert, index_of, plan_pieces
 from .examine import Findings, examine
 from .small_files import describe_checkpoint, json_bytes
@@ -152,7 +160,10 @@ def read_record(path: Path) -> dict:
 
 
 def check_loadable(findings: Findings) -> None:
-    """Raise `ValueError` for tensors that no class of the package would load, before anything is written."""
+    """Raise `ValueError` for what no class of the package would load, before anything is written."""
+    for name, fault in findings.faults.items():
+        if name not in PROCESSOR_FILES:  # adoption writes those itself
+            raise ValueError(fault if name in fault else f"{findings.source / name}: {fault}")
     faults = [
         f"{len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
         for what, names in (("missing", findings.missing), ("unknown", findings.unknown))

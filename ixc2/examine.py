@@ -24,13 +24,21 @@ from ..checkpoint_internlm_xcomposer2 import (
     weight_paths,
 )
 from ..configuration_internlm_xcomposer2 import InternLMXcomposer2Config, is_reward, published_name
-from ..files_internlm_xcomposer2 import is_file, read_fields
+from ..files_internlm_xcomposer2 import (
+    SMALL_FILES,
+    blaming,
+    check_small_file,
+    is_file,
+    read_fields,
+    read_small,
+)
 from ..image_processing_internlm_xcomposer2 import grid_of_image, tokens_of_grid
 from ..modeling_internlm_xcomposer2 import (
     InternLMXComposer2ForCausalLM,
     InternLMXComposer2ForSequenceClassification,
 )
 from ..quantization_internlm_xcomposer2 import Packing, packing_of, unpacked_shapes
+from ..tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
 
 # Beginnings of tensor names, and what they belong to; the first match counts.
 _PARTS = {
@@ -77,6 +85,7 @@ class Findings:
     notes: tuple[str, ...]  # what is missing or assumed, in plain words
     missing: tuple[str, ...]  # tensors that the model needs and the files lack
     unknown: tuple[str, ...]  # tensors that the model doesn't know
+    faults: dict[str, str]  # by name of a small file: why it can't be read or used
 
     @property
     def is_bin(self) -> bool:
@@ -125,16 +134,33 @@ def examine(
     if num_attention_heads is not None:
         fields["num_attention_heads"] = num_attention_heads
     shapes = {name: header.shape for name, header in headers.items()}
+    check_config_fields(fields, source)
     says = fields.get("quantization_config") or quantize_fields(source)
     packing = packing_of(shapes, {"quantization_config": says})
     shapes = unpacked_shapes(shapes, packing) if packing else shapes
     config = _completed(fields, shapes, source)
-    if "num_attention_heads" not in {**fields, **(fields.get("text_config") or {})}:
+    if not {"num_attention_heads"} & {*fields, *(fields.get("text_config") or {})}:
         heads = f"{config.num_attention_heads} attention heads of width {config.text_config.head_dim}"
         notes.append(f"config.json has no num_attention_heads: assumed {heads}")
     missing, unknown = compare_with_model(config, shapes, packing)
     weights = headers, tuple(paths), has_index, packing, shapes
-    return Findings(source, fields, config, *weights, tuple(notes), missing, unknown)
+    faults = faults_of_small_files(source)
+    return Findings(source, fields, config, *weights, tuple(notes), missing, unknown, faults)
+
+
+def faults_of_small_files(source: Path) -> dict[str, str]:
+    """What is wrong with the files of the tokenizer, the processor and the generation, by their names."""
+    checks = dict.fromkeys(SMALL_FILES, check_small_file)
+    checks |= {"chat_template.jinja": lambda path: read_small(path).decode("utf-8")}
+    checks |= {"tokenizer.model": lambda path: InternLMXComposer2Tokenizer(path)}
+    faults = {}
+    for name, check in checks.items():
+        try:
+            if is_file(source / name):
+                check(source / name)
+        except (OSError, ValueError) as error:
+            faults[name] = str(error)
+    return faults
 
 
 def _weights_of(source: Path, notes: list[str]) -> tuple[list[Path], bool]:
@@ -168,10 +194,17 @@ def _fields_of(source: Path, notes: list[str]) -> dict:
         raise ValueError(f"{error}, then run: {adopt_command(source)}") from error
 
 
+def check_config_fields(fields: dict, source: Path) -> None:
+    """Raise `ValueError` for a field of `config.json` that is wrong by itself, before others rely on it."""
+    with blaming(source / "config.json"):
+        InternLMXcomposer2Config.from_dict({n: value for n, value in fields.items() if n != "model_type"})
+
+
 def _completed(fields: dict, shapes: dict[str, tuple[int, ...]], source: Path) -> InternLMXcomposer2Config:
     fields = {name: value for name, value in fields.items() if name != "model_type"}
-    with asking_for_heads(source):
-        return InternLMXcomposer2Config.from_dict(fields).complete_from_shapes(shapes)
+    config = InternLMXcomposer2Config.from_dict(fields)
+    with blaming(f"the weights in {source}"), asking_for_heads(source):
+        return config.complete_from_shapes(shapes)
 
 
 def compare_with_model(

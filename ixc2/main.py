@@ -179,11 +179,14 @@ def _inspect(options: argparse.Namespace) -> None:
     findings = examine(source, options.num_attention_heads, headers)
     if options.json:
         print(json.dumps(report(findings, options.picture), indent=2, ensure_ascii=False))
-        return
-    lines = [*describe(findings), *(f"note: {note}" for note in findings.notes)]
-    for what, names in (("missing", findings.missing), ("unknown", findings.unknown)):
-        lines += [f"{len(names)} tensors {what}: {', '.join(names)}"] if names else []
-    print("\n".join([*lines, "", *_tables(findings, options.picture)]))
+    else:
+        lines = [*describe(findings), *(f"note: {note}" for note in findings.notes)]
+        for what, names in (("missing", findings.missing), ("unknown", findings.unknown)):
+            lines += [f"{len(names)} tensors {what}: {', '.join(names)}"] if names else []
+        lines += [f"can't be used: {fault}" for fault in findings.faults.values()]
+        print("\n".join([*lines, "", *_tables(findings, options.picture)]))
+    if findings.faults:
+        raise ValueError(f"{len(findings.faults)} files can't be used: {'; '.join(findings.faults.values())}")
 
 
 def describe(findings: Findings) -> list[str]:
@@ -265,6 +268,7 @@ def report(findings: Findings, size: tuple[int, int]) -> dict:
         "notes": list(findings.notes),
         "missing": list(findings.missing),
         "unknown": list(findings.unknown),
+        "faults": findings.faults,
     }
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 MARKUP = ["[UNUSED_TOKEN_0]", "[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]"]
-MODULES = ["tokenization_internlm_xcomposer2.py", "tokenization_internlm2.py"]
+MODULES = ["tokenization_internlm_xcomposer2.py", "tokenization_internlm2.py", "files_internlm_xcomposer2.py"]
 QUESTION = [{"role": "user", "content": "hi"}]
 
 
