@@ -27,6 +27,12 @@ SCANS_PER_PIXEL = 16  # passes over a JPEG for which its pixels count once
 BLOCK_AREA = 3072  # px; in smaller blocks the pixels of a JPEG 2000 count more
 MAX_SEGMENTS = 1 << 16
 
+SAMPLES, FRAGMENT, EDITS = b"stsz", b"trun", b"elst"  # tables of an MP4
+SMALLEST_SAMPLE = 2  # bytes
+MOST_SAMPLES = 1 << 16  # that any file may promise
+MOST_EDITS = 16
+MOST_ACCEPTED = (1 << 32) // 24  # where FFmpeg itself refuses
+
 START_OF_SCAN = b"\xff\xda"
 CODESTREAM = b"\xff\x4f\xff\x51"
 CODING, COMPONENT_CODING, START_OF_TILE, START_OF_DATA = b"\xff\x52", b"\xff\x53", b"\xff\x90", b"\xff\x93"
@@ -101,9 +107,11 @@ def _halve(image: Image.Image, file: BinaryIO | None) -> bool:
     if image.format in JPEG_FORMATS and not image.info.get("progressive"):
         image.draft(None, (max(1, width // 2), max(1, height // 2)))
         return image.size != (width, height)
-    if image.format == "JPEG2000" and file is not None and _jpeg2000_structure(_content(file))[0]:
-        image.reduce = 1
-        return True
+    if image.format == "JPEG2000" and file is not None:
+        levels, block_area = _jpeg2000_structure(_content(file))
+        if levels and block_area >= BLOCK_AREA // FORMAT_COSTS["JPEG2000"]:  # of small ones all are held
+            image.reduce = 1
+            return True
     return False
 
 
@@ -164,3 +172,60 @@ def _jpeg2000_segments(content: bytes) -> Iterator[tuple[bytes, bytes]]:
             end_of_tile = position + size if size > 12 else len(content)
         position += 2 + max(2, int.from_bytes(length, "big"))
     yield CODING, b""  # more than can be looked through: as if its blocks were the smallest
+
+
+# ---- videos ----
+
+
+def samples_promised(file: BinaryIO) -> int:
+    """How many entries the index of an MP4 or MOV makes FFmpeg hold, if its bytes have no room for as many.
+
+    A sample takes two bytes at least, in plain sound. Edits repeat samples.
+    """
+    size = file.seek(0, os.SEEK_END)
+    promised, most_samples, num_edits = 0, 0, 0
+    for header in _iso_headers(file, size):
+        for kind, sample_size, count in _iso_counts(header):
+            if kind == EDITS:
+                num_edits += count
+                continue
+            most_samples = max(most_samples, count)
+            promised += count if sample_size or kind == FRAGMENT else 0  # else each has an entry in the file
+    if num_edits > MOST_EDITS:
+        promised = max(promised, num_edits * most_samples)
+    return promised if promised > max(size // SMALLEST_SAMPLE, MOST_SAMPLES) else 0
+
+
+def _iso_headers(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """The outermost boxes of an MP4 or MOV, without the media themselves."""
+    position = 0
+    for _ in range(MAX_SEGMENTS):
+        file.seek(position)
+        head = file.read(16)
+        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        length = int.from_bytes(head[8:], "big") if length == 1 else length or size - position
+        if len(head) < 16 or length < 8 or not all(32 <= byte < 127 or byte == 0xA9 for byte in kind):
+            break
+        if kind != b"mdat":
+            file.seek(position)
+            yield file.read(min(length, size - position))
+        position += length
+    file.seek(0)
+
+
+def _iso_counts(header: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, size of each sample if all have one, and number of entries of each table of samples or edits.
+
+    Tables are found by their names wherever they are, as FFmpeg finds them. Numbers too large for it to
+    accept, among them all text that contains such a name, promise nothing.
+    """
+    for kind in (SAMPLES, FRAGMENT, EDITS):
+        position = header.find(kind)
+        while position >= 0:
+            is_long = header[max(0, position - 4) : position] == b"\0\0\0\1"
+            fields = header[position + (16 if is_long else 8) :][:8]
+            first, second = (int.from_bytes(fields[i : i + 4], "big") for i in (0, 4))
+            sample_size, count = (first, second) if kind == SAMPLES else (0, first)
+            if count < MOST_ACCEPTED:
+                yield kind, sample_size, count
+            position = header.find(kind, position + 4)

@@ -323,9 +323,10 @@ def _check_sampling(fps: float, max_frames: int) -> None:
     """Raise `TypeError` or `ValueError` for numbers by which no video can be sampled."""
     if isinstance(fps, bool) or not isinstance(fps, Real):
         raise TypeError(f"fps must be a number, got {fps!r:.80}")
+    fps = fps if isinstance(fps, int) else float(fps)
     if isinstance(max_frames, bool) or not isinstance(max_frames, Integral):
         raise TypeError(f"the number of frames must be an integer, got {max_frames!r:.80}")
-    if not 0 < fps <= sys.float_info.max and fps != math.inf or max_frames < 1:
+    if not (0 < fps <= sys.float_info.max or fps == math.inf) or max_frames < 1:
         raise ValueError(f"fps must be > 0 and max_frames >= 1, got fps={fps}, max_frames={max_frames}")
 
 

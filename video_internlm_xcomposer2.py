@@ -12,12 +12,12 @@ from typing import BinaryIO
 from PIL import Image
 
 try:
-    from .bounds_internlm_xcomposer2 import PIXELS_VARIABLE, max_pixels
+    from .bounds_internlm_xcomposer2 import PIXELS_VARIABLE, max_pixels, samples_promised
 except ImportError:
     if __package__:
         raise
     # A model directory on sys.path, this file imported as a top-level module.
-    from bounds_internlm_xcomposer2 import PIXELS_VARIABLE, max_pixels
+    from bounds_internlm_xcomposer2 import PIXELS_VARIABLE, max_pixels, samples_promised
 
 # FFmpeg's names of formats whose times lead to the frames that counting gives; in others, frames are counted.
 TIMED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
@@ -35,6 +35,7 @@ DECODED_PICTURES = 256
 HUGE_FRAME = 1 << 24  # px; a frame with more is far beyond what a tile shows of it
 THREADED_PIXELS = 1 << 27  # in frames that are decoded at the same time
 MAX_THREADS = 16
+MAX_PACKETS = 1 << 21  # hours of pictures and sound
 
 # Called with how many frames have been read.
 Progress = Callable[[int], None]
@@ -86,7 +87,9 @@ class PyAVReader:
         """Read when each frame is shown, and where decoding can start, without decoding anything."""
         times, keys, end = [], [], 0.0
         try:
-            for packet in self.container.demux():
+            for number, packet in enumerate(self.container.demux()):
+                if number > MAX_PACKETS:
+                    raise VideoError(f"it has more than {MAX_PACKETS} packets; take a shorter part of it")
                 if packet.pts is not None:
                     end = max(end, float(packet.pts * packet.time_base))
                 if packet.stream is not self.stream or not packet.size or packet.is_discard:
@@ -222,6 +225,8 @@ class DecordReader:
 
 def open_video(file: BinaryIO, *, max_frame_pixels: int) -> PyAVReader | DecordReader:
     """Open a video with whichever reader is installed; use it in a `with` block."""
+    if number := samples_promised(file):
+        raise VideoError(f"its index promises {number} frames, for which the file is too small")
     for name, reader in (("av", PyAVReader), ("decord", DecordReader)):
         module = _optional_module(name)
         if module is not None:

@@ -316,3 +316,25 @@ def test_a_picture_that_is_not_read_yet_may_be_passed_twice(two_threads, tmp_pat
     image = Image.open(tmp_path / "one.png")
     found = as_visuals([image] * 4, tiny_config())
     assert all(np.array_equal(np.asarray(visual.image), pixels) for visual in found)
+
+
+@pytest.mark.parametrize(
+    "pixels, message",
+    [
+        (torch.full((1, 3, 112, 112), float("nan")), "finite"),
+        (torch.zeros(1, 3, 112, 112).index_fill_(3, torch.tensor([7]), float("inf")), "finite"),
+        (torch.zeros(1, 3, 112, 112).sub_(torch.inf).half(), "finite"),
+        (torch.zeros(1, 3, 112, 112, device="meta"), "finite"),
+        (torch.zeros(0, 3, 112, 112), "at least one picture"),
+        (torch.zeros(1, 3, 0, 112), "multiples of 56"),
+        (torch.zeros(1, 3, 112, 0), "multiples of 56"),
+        (torch.zeros(1, 3, 0, 0), "multiples of 56"),
+        (torch.zeros(1, 0, 112, 112), "3, height, width"),
+        (torch.zeros(1, 3, 112, 112, dtype=torch.uint8), "floats"),
+        (torch.zeros(1, 3, 112, 112, dtype=torch.complex64), "floats"),
+    ],
+)
+def test_stacks_of_pixels_that_no_tower_reads(pixels, message):
+    for media in (pixels, [pixels], [torch.zeros(1, 3, 112, 112), pixels]):
+        with pytest.raises(ValueError, match=message):
+            as_visuals(media, tiny_config())

@@ -1,6 +1,7 @@
 """The processor: its prompts are those of `chat`, its counts those of its tiles, its errors come first."""
 
 import base64
+import io
 import json
 import random
 import shutil
@@ -500,6 +501,62 @@ def test_bad_content_is_named(part, kind, message, processor):
         processor().apply_chat_template([{"role": "user", "content": [part]}], **TO_TENSORS)
 
 
+@pytest.mark.parametrize("depth", [2, 3, 100_000])
+def test_batches_are_nested_once(depth, processor):
+    conversation = [{"role": "user", "content": "x"}]
+    for _ in range(depth):
+        conversation = [conversation]
+    with pytest.raises(ValueError, match="nested too deep"):
+        processor().apply_chat_template(conversation)
+
+
+def test_lists_that_contain_themselves(processor):
+    loop = []
+    loop.append(loop)
+    for name in ("images", "videos"):
+        with pytest.raises(ValueError, match="nested more than"):
+            processor()(text="<ImageHere>", **{name: loop})
+
+
+def test_settings_of_access_belong_to_the_processor_alone(processor, tmp_path):
+    """They decide what each way in reads, are set on loading, and never saved."""
+    build = processor()
+    build.allowed_local_media_path, build.allowed_media_domains = str(tmp_path), []
+    message = [{"role": "user", "content": [{"type": "image", "image": str(STAR)}]}]
+    frames = [{"role": "user", "content": [{"type": "video", "video": [str(STAR)] * 2}]}]
+    for call in (
+        lambda: build(STAR, "<ImageHere>"),
+        lambda: build(STAR),
+        lambda: build(videos=[[STAR, STAR]], text="<ImageHere>"),
+        lambda: build.apply_chat_template(message, **TO_TENSORS),
+        lambda: build.apply_chat_template(frames, **TO_TENSORS),
+    ):
+        with pytest.raises(ValueError, match="may not be read here"):
+            call()
+    with pytest.raises(ValueError, match="not allowed here"):
+        build("http://127.0.0.1/a.png", "<ImageHere>")
+    build.save_pretrained(tmp_path / "saved")
+    assert "allowed_" not in "".join(path.read_text() for path in tmp_path.glob("saved/*.json"))
+    again = type(build).from_pretrained(tmp_path / "saved", allowed_media_domains=["example.org"])
+    assert again.allowed_media_domains == ["example.org"] and again.allowed_local_media_path is None
+    with pytest.raises(ValueError, match="not allowed here"):
+        again("http://127.0.0.1/a.png", "<ImageHere>")
+    assert again(STAR, "<ImageHere>")["input_ids"]
+
+
+def test_a_file_whose_reading_fails_is_named(processor):
+    class Raising:
+        def read(self, *_):
+            raise RuntimeError("cable pulled")
+
+    closed = open(STAR, "rb")  # noqa: SIM115
+    closed.close()
+    write_only = io.BufferedWriter(io.BytesIO())
+    for file, message in ((Raising(), "RuntimeError"), (closed, "ValueError"), (write_only, "can't be read")):
+        with pytest.raises(ValueError, match=message):
+            processor()(file, "<ImageHere>")
+
+
 def test_a_url_that_does_not_answer_is_named(processor):
     url = f"http://127.0.0.1:{closed_port()}/a.png"
     with pytest.raises(ValueError, match="can't be read"):
@@ -516,6 +573,17 @@ BAD_CALLS = [
     ({"text": "x", "hd_num": "many"}, TypeError, "hd_num must be an integer"),
     ({"text": "x", "hd_number": 3}, TypeError, "unknown option hd_number; the processor accepts .*hd_num"),
     ({"text": "x", "padding_side": "top"}, ValueError, "'left' or 'right', not 'top'"),
+    ({"text": "x", "pad_to_multiple_of": 0}, ValueError, "at least 1, got 0"),
+    ({"text": "x", "text_kwargs": {"pad_to_multiple_of": -8}}, ValueError, "at least 1, got -8"),
+    ({"text": "x", "pad_to_multiple_of": 8.0}, TypeError, "must be an integer, got 8.0"),
+    ({"text": "x", "pad_to_multiple_of": True}, TypeError, "must be an integer, got True"),
+    ({"text": "x", "videos": []}, ValueError, "videos is empty"),
+    ({"text": "x", "videos": [[], []]}, ValueError, "videos is empty"),
+    ({"text": "x", "videos": torch.zeros(0, 3, 8, 8)}, ValueError, "no frames|marks"),
+    ({"text": "<ImageHere>", "images": [[[picture()]]]}, ValueError, "nested more than 2 deep"),
+    ({"text": "<ImageHere>", "videos": [[[[picture()]]]]}, ValueError, "nested more than 3 deep"),
+    ({"text": "<ImageHere>", "images": [picture()], "fps": 0}, ValueError, "fps must be > 0"),
+    ({"text": "<ImageHere>", "images": [picture()], "num_frames": 1.5}, TypeError, "must be an integer"),
     ({"text": "a b c d", "max_length": 2}, ValueError, "tokens with its pictures but max_length is 2"),
     ({"text": "[UNUSED_TOKEN_1]"}, ValueError, "stands for image tokens"),
     ({"text": 3}, TypeError, "must be a str"),
