@@ -1,0 +1,1 @@
+"""Pages for a browser: `python demo/chat.py`, `python demo/composition.py`, or `ixc2 web` for both."""

@@ -1,0 +1,165 @@
+"""Serves pages: which limits hold for all of them, and what a visitor's browser may do.
+
+All pages share one queue, since there is one model. Everything that a visitor sends is bounded here or in the
+page; what doesn't fit is an error before any computation.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable
+
+import gradio as gr
+from internlm_xcomposer2.demo.service import Service, load_service
+from internlm_xcomposer2.demo.texts import TEXTS
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MODEL = "model"  # the one queue of everything that computes
+MAX_WAITING = 32  # questions in the queue
+MAX_VISITORS = 64  # whose dialogues are held in memory; the longest unused goes first
+MAX_FILE_BYTES = 64 << 20
+HOUR = 3600  # seconds: how often uploaded files are looked through
+FILE_HOURS = 12  # after which they go
+PORT = 7860
+
+translate = gr.I18n(**TEXTS)
+
+
+# ---- what browsers may do ----
+
+
+class Guard:
+    """Adds security headers to every answer, and refuses what no page of ours asks for.
+
+    Requests from other sites' pages are refused, as are requests to fetch an address for the visitor.
+    """
+
+    def __init__(self, app: ASGIApp, policy: str) -> None:
+        self.app = app
+        self.headers = {
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, as ASGI has it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if not is_own_request(scope["path"], Headers(scope=scope)):
+            await PlainTextResponse("refused", status_code=403)(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self.headers.items():
+                    headers[name] = value
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+def is_own_request(path: str, headers: Headers) -> bool:
+    """Whether a request comes from our own pages (or from no page), and asks for something of ours."""
+    _, mark, file = path.partition("/file=")
+    if mark and "://" in file:
+        return False
+    origin = headers.get("origin")
+    host = headers.get("x-forwarded-host") or headers.get("host", "")
+    return origin is None or origin.partition("://")[2] == host
+
+
+def content_policy(*, web_content: bool) -> str:
+    """What a page may load: only from this server; with `web_content`, pictures, styles and scripts too.
+
+    Frames with pages that the model wrote inherit it, besides being sandboxed.
+    """
+    web = " https:" if web_content else ""
+    return "; ".join(
+        (
+            "default-src 'self'",
+            f"script-src 'self' 'unsafe-inline' 'unsafe-eval'{web}",
+            f"style-src 'self' 'unsafe-inline'{web}",
+            f"img-src 'self' data: blob:{web}",
+            f"font-src 'self' data:{web}",
+            "media-src 'self' data: blob:",
+            "worker-src 'self' blob:",
+            "connect-src 'self' data: blob:",
+            "object-src 'none'",
+            "base-uri 'self'",
+            "form-action 'self'",
+        )
+    )
+
+
+# ---- serving ----
+
+
+def launch(pages: gr.Blocks, *, host: str, port: int | None, web_content: bool, wait: bool = True) -> str:
+    """Serve pages, and return their address once they are stopped, or at once unless `wait`."""
+    pages.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
+    guard = Middleware(Guard, policy=content_policy(web_content=web_content))
+    _, address, _ = pages.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        quiet=True,
+        run_history=False,
+        show_error=True,
+        max_file_size=MAX_FILE_BYTES,
+        state_session_capacity=MAX_VISITORS,
+        footer_links=["settings"],
+        i18n=translate,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        app_kwargs={"middleware": [guard], "docs_url": None, "redoc_url": None, "openapi_url": None},
+        prevent_thread_lock=not wait,
+    )
+    return address
+
+
+def blocks(title: str) -> gr.Blocks:
+    """An empty page that reports nothing to anyone and deletes old uploads."""
+    return gr.Blocks(
+        title=title, analytics_enabled=False, fill_width=True, delete_cache=(HOUR, FILE_HOURS * HOUR)
+    )
+
+
+def serve(
+    build: Callable[[Service], gr.Blocks], description: str, arguments: list[str] | None = None
+) -> None:
+    """The command of a page: read its options, load the model, and serve until interrupted."""
+    parser = argparse.ArgumentParser(description=description)
+    add_options(parser)
+    run(build, parser.parse_args(arguments))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that serves pages."""
+    parser.add_argument("--model", help="a checkpoint's directory or hub id; default: nano")
+    parser.add_argument("--dtype", default="auto", help="of the weights; default: as in the checkpoint")
+    parser.add_argument("--device-map", help="where the weights go, such as cuda or auto; default: CPU")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")
+    parser.add_argument("--port", type=int, help=f"default: the first free one from {PORT}")
+    parser.add_argument(
+        "--web-content",
+        action="store_true",
+        help="let written pages load pictures, styles and scripts from the web in their frame",
+    )
+
+
+def run(build: Callable[[Service], gr.Blocks], options: argparse.Namespace) -> None:
+    """Load the model and serve what `build` makes of it, with uploads in a folder that goes at the end."""
+    with tempfile.TemporaryDirectory(prefix="ixc2-pages-") as folder:
+        # The one way to tell gradio; its default is a folder that all users of the machine share.
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        service = load_service(options.model, dtype=options.dtype, device_map=options.device_map)
+        launch(build(service), host=options.host, port=options.port, web_content=options.web_content)

@@ -1,0 +1,33 @@
+"""Shared by the tests of the pages: a model that never ends, and the browser."""
+
+import os
+import shutil
+from functools import cache
+
+from helpers import tiny_model
+from internlm_xcomposer2.demo.service import Service, load_service, service_of
+
+BROWSER = os.environ.get("IXC2_BROWSER") or shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@cache
+def nano_service() -> Service:
+    """The checkpoint in the root. Shared: don't change it."""
+    return load_service()
+
+
+@cache
+def endless_service() -> Service:
+    """A random model that never ends its answer. Shared: don't change it."""
+    model = tiny_model("2.5", max_position_embeddings=16384)
+    model.output.weight.data[[2, 5]] = 0
+    return service_of(model, nano_service().tokenizer)
