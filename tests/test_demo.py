@@ -1,18 +1,23 @@
-"""What the pages do without a browser: dialogues, their limits, and what is shown of tiles and errors."""
+"""What the pages do without a browser: dialogues, articles, their limits, and what is shown of errors."""
 
+import shutil
 import threading
+import zipfile
 
 import pytest
 import torch
 from demo_helpers import endless_service, nano_service
 from helpers import ROOT
+from internlm_xcomposer2.article_internlm_xcomposer2 import Article, Paragraph
 from internlm_xcomposer2.cache_internlm_xcomposer2 import ChatHistory, PromptCache
 from internlm_xcomposer2.demo import dialogue as dialogues
+from internlm_xcomposer2.demo.desk import Desk, Plan, load_uploads
 from internlm_xcomposer2.demo.dialogue import Dialogue, Meter, Question, Settings, mark_questions
 from internlm_xcomposer2.demo.service import KeptHistories, Service, as_text
 from internlm_xcomposer2.demo.texts import CHINESE, ENGLISH
 from internlm_xcomposer2.demo.tiles import draw_tiles
 from internlm_xcomposer2.image_processing_internlm_xcomposer2 import as_visuals
+from PIL import Image
 
 GREEDY = Settings(do_sample=False)
 STAR, RING, VIDEO = (str(ROOT / "examples" / name) for name in ("star.png", "ring.jpg", "circle.mp4"))
@@ -300,3 +305,105 @@ def test_a_meter_counts_steps_and_stops():
     assert meter(ids, None).tolist() == [False, False]
     meter.stop.set()
     assert meter(ids, None).tolist() == [True, True] and meter.num_tokens == 2
+
+
+# ---- articles ----
+
+PLAN = Plan(
+    Settings(do_sample=False, repetition_penalty=1.0, max_new_tokens=64), num_pictures=3, fill_spots=True
+)
+LINES = "The first is a star.\nThe second is a ring.\nThe third shows a number."
+NUMBER = str(ROOT / "examples" / "number.png")
+
+
+def test_an_article_is_what_compose_writes(nano):
+    desk = Desk()
+    *_, text = desk.write(nano, "Write a short article about TIGER.", (), PLAN)
+    article = nano.model.compose(
+        "Write a short article about TIGER.", tokenizer=nano.tokenizer, **PLAN.settings.decoding()
+    )
+    assert text == article.text and desk.article == article and "TIGER" in text
+
+
+def test_an_article_gets_uploads_each_once(nano):
+    desk = Desk()
+    desk.set_text(LINES)
+    steps = list(desk.illustrate(nano, [STAR, RING, NUMBER], None, PLAN))
+    assert steps == ["spots", *["candidates", "choice"] * 3]
+    chosen = [picture.chosen.id for picture in desk.article.pictures.values()]
+    assert sorted(chosen) == [1, 2, 3] and desk.article.text == LINES
+    second = desk.article.pictures[1]
+    desk.choose(1, 1 - second.choice)
+    assert desk.article.pictures[1].chosen.id != second.chosen.id
+    desk.remove_picture(0)
+    desk.add_picture(nano, 0, "a star", None, PLAN)
+    added = desk.article.pictures[0]
+    assert added.caption == "a star" and added.chosen.id not in {
+        p.chosen.id for i, p in desk.article.pictures.items() if i
+    }
+
+
+def test_pictures_of_a_folder_are_used_without_uploads(nano, tmp_path):
+    for file in (STAR, RING):
+        shutil.copy(file, tmp_path)
+    desk = Desk()
+    desk.set_text(LINES)
+    list(desk.illustrate(nano, (), str(tmp_path), Plan(PLAN.settings, num_pictures=1, fill_spots=True)))
+    (picture,) = desk.article.pictures.values()
+    assert {candidate.id for candidate in picture.candidates} == {"star.png", "ring.jpg"} and picture.chosen
+
+
+def test_paragraphs_are_edited_by_the_model_and_by_hand(nano):
+    desk = Desk()
+    desk.set_text(LINES)
+    desk.edit(nano, 0, "insert_after", "a ring", PLAN)
+    composer = PLAN.composer(nano, Meter())
+    expected = composer.edit(
+        Article("").with_paragraphs(0, 0, *map(Paragraph, LINES.split("\n"))), 0, "insert_after", "a ring"
+    )
+    assert desk.article.lines == expected.lines
+    list(desk.illustrate(nano, [STAR], None, PLAN))
+    (line,) = desk.article.pictures
+    kept = desk.article.lines[line]
+    desk.set_text(f"Another line.\n\n{kept}")
+    assert desk.article.lines == ["Another line.", kept] and list(desk.article.pictures) == [1]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("markdown", "article.md"), ("html", "article.html")])
+def test_an_article_is_packed_with_its_pictures(nano, kind, name):
+    desk = Desk()
+    with pytest.raises(ValueError, match="no article yet"):
+        desk.archive(kind)
+    desk.set_text(LINES)
+    list(desk.illustrate(nano, [STAR], None, PLAN))
+    (line,) = desk.article.pictures
+    with zipfile.ZipFile(desk.archive(kind)) as archive:
+        assert sorted(archive.namelist()) == [name, f"picture_{line + 1}.png"]
+        assert LINES.split("\n")[0] in archive.read(name).decode()
+
+
+def test_composing_can_be_stopped(endless):
+    desk = Desk()
+    steps = desk.write(endless, "Go on.", (), Plan(Settings(max_new_tokens=4000)))
+    next(steps)
+    desk.stop()
+    list(steps)
+    assert 0 < len(endless.tokenizer(desk.article.text)["input_ids"]) < 1000
+    with pytest.raises(ValueError, match="one of markdown, html"):
+        desk.archive("pdf")
+
+
+def test_articles_have_limits(nano, tmp_path, monkeypatch):
+    desk = Desk()
+    with pytest.raises(ValueError, match="11 pictures"):
+        next(desk.write(nano, "Stars", [STAR] * 11, PLAN))
+    with pytest.raises(ValueError, match="16 pictures"):
+        Plan(PLAN.settings, num_pictures=16)
+    with pytest.raises(ValueError, match="101 paragraphs"):
+        desk.set_text("a\n" * 101)
+    large = tmp_path / "large.png"
+    Image.new("L", (3000, 30)).save(large)
+    assert load_uploads([str(large)])[0].image.size == (2400, 24)
+    with pytest.raises(ValueError, match="no paragraph 0"):
+        desk.edit(nano, 0, "rewrite", "", PLAN)
+    assert desk.article == Article("")
