@@ -1,7 +1,7 @@
 """The chat page: questions about pictures and videos, and web pages in a tab of their own.
 
 python demo/chat.py                       # nano
-python demo/chat.py --model internlm/internlm-xcomposer2d5-7b --dtype bfloat16 --device-map cuda
+python demo/chat.py --model internlm/internlm-xcomposer2d5-7b --dtype bfloat16
 """
 
 import re
@@ -19,8 +19,9 @@ from internlm_xcomposer2.demo.dialogue import (
     Settings,
 )
 from internlm_xcomposer2.demo.server import MODEL, blocks, serve, translate
-from internlm_xcomposer2.demo.service import ROOT, Service, as_text
+from internlm_xcomposer2.demo.service import Service, as_text
 from internlm_xcomposer2.demo.writing import writing_tab
+from internlm_xcomposer2.ixc2.small_files import PACKAGE
 
 TITLE = "InternLM-XComposer2"
 FILE_TYPES = ["image", "video"]
@@ -232,7 +233,7 @@ def decoding_controls(plain: Settings) -> list:
 
 def add_examples(box: gr.MultimodalTextbox, hd_num: gr.Slider) -> None:
     """Questions about the pictures in `examples/`, where they are."""
-    folder = ROOT / "examples"
+    folder = PACKAGE / "examples"
     rows = [
         [{"text": text, "files": [str(folder / name) for name in names]}, tiles]
         for names, text, tiles in EXAMPLES

@@ -18,6 +18,7 @@ from internlm_xcomposer2.demo.desk import FORMATS, MAX_PICTURES, Desk, Plan
 from internlm_xcomposer2.demo.dialogue import MAX_TEXT, MAX_TILES, Settings
 from internlm_xcomposer2.demo.server import MODEL, blocks, serve, translate
 from internlm_xcomposer2.demo.service import Service, as_text
+from internlm_xcomposer2.ixc2.engine import PLAIN as PLAIN_OPTIONS
 from PIL import Image
 
 ACTIONS = ("rewrite", "expand", "abbreviate", "insert_before", "insert_after")
@@ -25,7 +26,7 @@ SHOWN_SIDE = 480  # px of pictures in the article, and of candidates
 NUM_LETTERS = 60  # of a paragraph in the list
 EXAMPLE = "Write a short article about TIGER."
 PLAIN = Settings(max_new_tokens=4096)
-PLAIN_NANO = Settings(do_sample=False, repetition_penalty=1.0, max_new_tokens=128)
+PLAIN_NANO = Settings(**PLAIN_OPTIONS, max_new_tokens=128)
 AUTOMATIC = -1
 
 

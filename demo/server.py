@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 
 import gradio as gr
-from internlm_xcomposer2.demo.service import Service, load_service
+from internlm_xcomposer2.demo.service import Service, add_options, load_service
 from internlm_xcomposer2.demo.texts import TEXTS
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
@@ -23,7 +23,6 @@ MAX_VISITORS = 64  # whose dialogues are held in memory; the longest unused goes
 MAX_FILE_BYTES = 64 << 20
 HOUR = 3600  # seconds: how often uploaded files are looked through
 FILE_HOURS = 12  # after which they go
-PORT = 7860
 
 translate = gr.I18n(**TEXTS)
 
@@ -142,27 +141,10 @@ def serve(
     run(build, parser.parse_args(arguments))
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that serves pages."""
-    parser.add_argument("--model", help="a checkpoint's directory or hub id; default: nano")
-    parser.add_argument("--dtype", default="auto", help="of the weights; default: as in the checkpoint")
-    parser.add_argument("--device-map", help="where the weights go, such as cuda or auto; default: CPU")
-    parser.add_argument("--pictures", metavar="FOLDER", help="articles may take pictures from it")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")
-    parser.add_argument("--port", type=int, help=f"default: the first free one from {PORT}")
-    parser.add_argument(
-        "--web-content",
-        action="store_true",
-        help="let written pages load pictures, styles and scripts from the web in their frame",
-    )
-
-
 def run(build: Callable[[Service], gr.Blocks], options: argparse.Namespace) -> None:
     """Load the model and serve what `build` makes of it, with uploads in a folder that goes at the end."""
     with tempfile.TemporaryDirectory(prefix="ixc2-pages-") as folder:
         # The one way to tell gradio; its default is a folder that all users of the machine share.
         os.environ["GRADIO_TEMP_DIR"] = folder
-        service = load_service(
-            options.model, dtype=options.dtype, device_map=options.device_map, pictures=options.pictures
-        )
+        service = load_service(options)
         launch(build(service), host=options.host, port=options.port, web_content=options.web_content)

@@ -1,20 +1,24 @@
 """What pages need of a model: loading it, what is kept of dialogues with it, and what is said of errors."""
 
+import argparse
 import logging
 import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-import internlm_xcomposer2  # its classes are what AutoModel finds
+from internlm_xcomposer2 import (
+    InternLMXcomposer2Config,
+    InternLMXComposer2ForCausalLM,
+    InternLMXComposer2Tokenizer,
+)
 from internlm_xcomposer2.cache_internlm_xcomposer2 import ChatHistory
+from internlm_xcomposer2.ixc2.engine import add_engine_options, load_engine
 from internlm_xcomposer2.sources_internlm_xcomposer2 import pictures_in
-from transformers import AutoModel, AutoTokenizer
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(internlm_xcomposer2.__file__).resolve().parent
-NANO = ROOT / "model.safetensors"  # only in a clone
+PORT = 7860
 
 
 # ---- the model ----
@@ -29,48 +33,46 @@ class Service:
         pictures: a folder that articles may take pictures from.
     """
 
-    model: internlm_xcomposer2.InternLMXComposer2ForCausalLM
-    tokenizer: internlm_xcomposer2.InternLMXComposer2Tokenizer
+    model: InternLMXComposer2ForCausalLM
+    tokenizer: InternLMXComposer2Tokenizer
     is_nano: bool
     kept: "KeptHistories"
     pictures: str | None = None
 
     @property
-    def config(self) -> internlm_xcomposer2.InternLMXcomposer2Config:
+    def config(self) -> InternLMXcomposer2Config:
         return self.model.config
 
 
-def load_service(
-    source: str | None = None,
-    *,
-    dtype: str = "auto",
-    device_map: str | None = None,
-    pictures: str | None = None,
-) -> Service:
-    """Load a checkpoint: a directory or hub id, by default nano.
-
-    Args:
-        pictures: a folder that articles may take pictures from; captions of them are kept there in a file.
+def load_service(options: argparse.Namespace) -> Service:
+    """Load the model that the options of `add_options` name.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: there is no such folder.
-        FileNotFoundError: no source, and nano is only in a clone of the repository.
-        ValueError, OSError: as in `from_pretrained`.
+        FileNotFoundError, NotADirectoryError: there is no such folder of pictures; and as in `load_engine`.
+        ValueError, OSError: as in `load_engine`.
     """
-    if source is None and not NANO.is_file():
-        raise FileNotFoundError(f"there is no checkpoint in {ROOT}; pass --model, or run this in a clone")
-    if pictures is not None:
-        pictures_in(pictures)
-    source = str(ROOT) if source is None else source
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModel.from_pretrained(source, dtype=dtype, device_map=device_map).eval()
-    return service_of(model, tokenizer, is_nano=Path(source).resolve() == ROOT, pictures=pictures)
+    if options.pictures is not None:
+        pictures_in(options.pictures)
+    engine = load_engine(options, adapters=None)
+    return service_of(engine.model, engine.tokenizer, is_nano=engine.is_nano, pictures=options.pictures)
 
 
 def service_of(model, tokenizer, *, is_nano: bool = False, pictures: str | None = None) -> Service:
     """The service of a model that is already loaded."""
-    model.tokenizer = tokenizer
     return Service(model, tokenizer, is_nano, KeptHistories(model.reuse_limit), pictures)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that serves pages."""
+    parser.add_argument("--pictures", metavar="FOLDER", help="articles may take pictures from it")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too")
+    parser.add_argument("--port", type=int, help=f"default: the first free one from {PORT}")
+    parser.add_argument(
+        "--web-content",
+        action="store_true",
+        help="let written pages load pictures, styles and scripts from the web in their frame",
+    )
+    add_engine_options(parser)
 
 
 class KeptHistories:

@@ -1,7 +1,7 @@
 """Both pages at once: chat with web pages, and composition.
 
 python demo/web.py                        # nano
-python demo/web.py --model internlm/internlm-xcomposer2d5-7b --dtype bfloat16 --device-map cuda
+python demo/web.py --model internlm/internlm-xcomposer2d5-7b --dtype bfloat16
 """
 
 import gradio as gr

@@ -19,6 +19,7 @@ from internlm_xcomposer2.demo.dialogue import (
 )
 from internlm_xcomposer2.demo.server import MODEL, translate
 from internlm_xcomposer2.demo.service import Service, as_text
+from internlm_xcomposer2.ixc2.engine import PLAIN as PLAIN_OPTIONS
 
 SOURCES = ("instruction", "resume", "screenshot")
 FILE_TYPES = [".md", ".txt", "image"]
@@ -27,7 +28,7 @@ HEIGHT = 420  # px of the frame
 
 # The methods' own defaults, and what suits nano.
 PLAIN = Settings(num_beams=2, repetition_penalty=3.0, max_new_tokens=4800)
-PLAIN_NANO = Settings(do_sample=False, repetition_penalty=1.0, max_new_tokens=512)
+PLAIN_NANO = Settings(**PLAIN_OPTIONS, max_new_tokens=512)
 
 # First in every frame: no requests, no forms, no frames inside. Such a frame also inherits the policy of the
 # page around it, which says what else may be loaded.

@@ -75,11 +75,11 @@ def decoding_settings(options: argparse.Namespace, defaults: dict | None = None)
     return settings
 
 
-def load_engine(options: argparse.Namespace, adapters: tuple[str, ...] = ()) -> Engine:
+def load_engine(options: argparse.Namespace, adapters: tuple[str, ...] | None = ()) -> Engine:
     """Load the model that the options name.
 
     Args:
-        adapters: the inference modes that are needed.
+        adapters: the inference modes that are needed; `None` for all that are there.
 
     Raises:
         FileNotFoundError: no model is named, and nano is only in a clone of the repository.

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from ..article_internlm_xcomposer2 import Article
+from ..demo.service import add_options
 from ..sources_internlm_xcomposer2 import FolderSource
 from ..writing_internlm_xcomposer2 import IMAGE_SERVICES, NO_SEED, page_path, save_page
 from .ask import check_exists
@@ -30,6 +31,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     _add_page_options(command, "screenshot.html")
     command.set_defaults(run=_page, method="screen_2_webpage", instruction="")
     _add_article(commands)
+    command = commands.add_parser("web", help="serve pages for a browser: chat, web pages, composition")
+    add_options(command)
+    command.set_defaults(run=_web)
 
 
 def _add_page_options(command: argparse.ArgumentParser, output: str) -> None:
@@ -166,3 +170,14 @@ def _report(article: Article, file: Path) -> dict:
         }
         paragraphs.append({"text": part.text, "picture": picture})
     return {"file": str(file), "instruction": article.instruction, "paragraphs": paragraphs}
+
+
+# ---- pages for a browser ----
+
+
+def _web(options: argparse.Namespace) -> None:
+    try:
+        from ..demo import server, web
+    except ImportError as error:
+        raise ImportError(f"ixc2 web needs {error.name}: pip install 'internlm-xcomposer2[web]'") from None
+    server.run(web.build, options)

@@ -1,11 +1,12 @@
 """Shared by the tests of the pages: a model that never ends, and the browser."""
 
+import argparse
 import os
 import shutil
 from functools import cache
 
 from helpers import tiny_model
-from internlm_xcomposer2.demo.service import Service, load_service, service_of
+from internlm_xcomposer2.demo.service import Service, add_options, load_service, service_of
 
 NAMES = ("chromium-headless-shell", "chromium", "google-chrome")
 BROWSER = os.environ.get("IXC2_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -23,7 +24,9 @@ FLAGS = (
 @cache
 def nano_service() -> Service:
     """The checkpoint in the root. Shared: don't change it."""
-    return load_service()
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return load_service(parser.parse_args([]))
 
 
 @cache

@@ -1,6 +1,7 @@
 """What the pages do without a browser: dialogues, articles, their limits, and what is shown of errors."""
 
 import shutil
+import sys
 import threading
 import zipfile
 
@@ -17,6 +18,7 @@ from internlm_xcomposer2.demo.service import KeptHistories, Service, as_text
 from internlm_xcomposer2.demo.texts import CHINESE, ENGLISH
 from internlm_xcomposer2.demo.tiles import draw_tiles
 from internlm_xcomposer2.image_processing_internlm_xcomposer2 import as_visuals
+from internlm_xcomposer2.ixc2.main import main
 from PIL import Image
 
 GREEDY = Settings(do_sample=False)
@@ -267,13 +269,13 @@ def test_marks_and_files_must_agree():
 
 
 def history_of(num_tokens: int) -> ChatHistory:
-    """A history that keeps 8 bytes for each token."""
+    """A history whose size is that of its tokens."""
     states = torch.zeros(1, 1, num_tokens, 1)
     return ChatHistory([], PromptCache([0] * num_tokens, [(states, states)], "origin"))
 
 
 def test_all_dialogues_together_keep_only_so_much():
-    kept = KeptHistories(limit=8 * 10)
+    kept = KeptHistories(limit=10 * history_of(1).prompt_cache.nbytes)
     first, second, third = history_of(4), history_of(4), history_of(4)
     kept.keep(first)
     kept.keep(second)
@@ -288,6 +290,16 @@ def test_all_dialogues_together_keep_only_so_much():
 def test_unexpected_errors_say_nothing_of_the_server():
     text = as_text(RuntimeError("/root/secret failed"))
     assert "secret" not in text and "RuntimeError" in text
+
+
+def test_the_command_says_what_it_needs(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("internlm_xcomposer2.demo.")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("server", "web"):
+        monkeypatch.delattr(sys.modules["internlm_xcomposer2.demo"], name, raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["web"]) == 1
+    assert "needs gradio: pip install 'internlm-xcomposer2[web]'" in capsys.readouterr().err
 
 
 def test_both_languages_say_everything():

@@ -1,4 +1,4 @@
-"""The recipes in `examples/`: their prompts, what they pass to `chat`, and answers of nano where it has any."""
+"""The recipes in `examples/`: their prompts, what they pass to `chat`, and answers of nano if any."""
 
 import importlib.util
 import json
