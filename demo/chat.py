@@ -183,7 +183,7 @@ def chat_tab(service: Service) -> None:
             with gr.Group():
                 tiles = gr.Gallery(
                     label=translate("tiles"),
-                    columns=1,
+                    columns=2,
                     object_fit="contain",
                     format="png",
                     interactive=False,

@@ -23,6 +23,7 @@ from internlm_xcomposer2.ixc2.engine import PLAIN as PLAIN_OPTIONS
 
 SOURCES = ("instruction", "resume", "screenshot")
 FILE_TYPES = [".md", ".txt", "image"]
+FILE_LABEL = "Résumé or screenshot · 简历或截图"  # gradio translates no labels of files in a second tab
 EXAMPLE = "Make a green web page with the title TIGER."
 HEIGHT = 420  # px of the frame
 
@@ -132,7 +133,7 @@ def writing_tab(service: Service) -> None:
                     max_length=MAX_TEXT,
                     elem_id="instruction",
                 ),
-                gr.File(label=translate("file"), file_types=FILE_TYPES, type="filepath", elem_id="page-file"),
+                gr.File(label=FILE_LABEL, file_types=FILE_TYPES, type="filepath", elem_id="page-file"),
                 *_controls(PLAIN_NANO if service.is_nano else PLAIN),
             ]
             with gr.Row():
@@ -142,7 +143,7 @@ def writing_tab(service: Service) -> None:
         with gr.Column(scale=3):
             frame = gr.HTML(label=translate("frame"), elem_id="page", min_height=HEIGHT)
             code = gr.Code(
-                label=translate("code"),
+                label="HTML",
                 language="html",
                 lines=8,
                 max_lines=16,

@@ -21,7 +21,7 @@ pytest.importorskip("playwright", reason="pip install -e '.[web-test]'")
 if BROWSER is None:
     pytest.skip("there is no chromium; set IXC2_BROWSER", allow_module_level=True)
 
-from internlm_xcomposer2.demo import chat, server, web, writing
+from internlm_xcomposer2.demo import chat, desk, dialogue, server, web, writing
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 pytestmark = pytest.mark.slow
@@ -86,7 +86,7 @@ def visit(browser) -> Iterator[Callable[..., Page]]:
             wrong.append(request.url)
 
     def go(address: str, locale: str = "en-US", ready: str = "#question textarea") -> Page:
-        contexts.append(browser.new_context(locale=locale, viewport={"width": 1280, "height": 860}))
+        contexts.append(browser.new_context(locale=locale, viewport={"width": 1280, "height": 900}))
         page = contexts[-1].new_page()
         page.set_default_timeout(SECONDS * 1000)
         page.on("request", watch)
@@ -97,6 +97,7 @@ def visit(browser) -> Iterator[Callable[..., Page]]:
 
     yield go
     for context in contexts:
+        wrong += [page.url for page in context.pages if "[object" in page.content()]  # a label without words
         context.close()
     assert not wrong
 
@@ -435,6 +436,22 @@ def test_requests_from_other_sites_are_refused(site):
 @pytest.mark.parametrize("path", ["/monitoring", "/docs", "/openapi.json", "/gradio_api/runs"])
 def test_nothing_else_is_served(site, path):
     assert status_of(f"{site}{path}") in (403, 404)
+
+
+def test_the_documented_limits_are_these():
+    text = (ROOT / "docs" / "pages.md").read_text(encoding="utf-8")
+    limits = dict(re.findall(r"^\| ([a-zA-Z ]+) \| (\d+)(?:, [^|]*)? \|$", text, re.MULTILINE))
+    assert limits == {
+        "files of a dialogue": str(dialogue.MAX_FILES),
+        "turns of a dialogue": str(dialogue.MAX_TURNS),
+        "characters of a text": str(dialogue.MAX_TEXT),
+        "pictures for an article": str(desk.MAX_UPLOADS),
+        "seconds of an answer": f"{dialogue.MAX_SECONDS:.0f}",
+        "MiB of a file": str(server.MAX_FILE_BYTES >> 20),
+        "visitors whose dialogues are kept": str(server.MAX_VISITORS),
+        "questions that wait": str(server.MAX_WAITING),
+    }
+    assert f"{desk.MAX_SIDE} px" in text and f"than {server.FILE_HOURS}\n  hours" in text
 
 
 def test_the_policy_names_no_other_host():
