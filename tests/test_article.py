@@ -21,7 +21,20 @@ from internlm_xcomposer2.sources_internlm_xcomposer2 import (
     words_of,
 )
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipProcessor,
+    SiglipTokenizer,
+)
 
 RED, BLUE = Image.new("RGB", (8, 6), "red"), Image.new("RGB", (6, 8), "blue")
 TWO = (Candidate("a", RED), Candidate(2, BLUE))
@@ -273,26 +286,37 @@ def clip(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_text_tower_ranks_a_folder(folder, clip, describe):
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory) -> Path:
+    """A tiny SigLIP checkpoint with random weights and our vocabulary."""
+    folder = tmp_path_factory.mktemp("siglip")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 640, "max_position_embeddings": 16, "projection_size": 16}
+    config = SiglipConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        SiglipModel(config).eval().save_pretrained(folder)
+    pictures = SiglipImageProcessor(size={"height": 16, "width": 16})
+    SiglipProcessor(pictures, SiglipTokenizer(str(ROOT / "tokenizer.model"))).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_text_tower_ranks_a_folder(folder, describe, kind, request):
+    checkpoint = str(request.getfixturevalue(kind))
     rng = np.random.RandomState(0)
     for name in CAPTIONS:
         pixels = rng.randint(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / name)
-    model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
+    model, processor = AutoModel.from_pretrained(checkpoint).eval(), AutoProcessor.from_pretrained(checkpoint)
     images = [Image.open(folder / name).convert("RGB") for name in CAPTIONS]
     caption = "a cat on a sofa that is far too long for this tower"
+    length = {"padding": "max_length", "truncation": True, "max_length": 16}
     with torch.no_grad():
-        inputs = processor(
-            text=[caption],
-            images=images,
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=16,
-        )
-        scores = model(**inputs).logits_per_text[0]
-    expected = [name for _, name in sorted(zip((-scores).tolist(), CAPTIONS, strict=True))]
-    for encoder in (str(clip), (model, processor)):
+        scores = model(**processor(text=[caption], images=images, return_tensors="pt", **length))
+    scores = scores.logits_per_text[0].tolist()
+    expected = [name for _, name in sorted(zip(scores, CAPTIONS, strict=True), reverse=True)]
+    for encoder in (checkpoint, (model, processor)):
         source = FolderSource(folder, describe, encoder=encoder)
         assert ids(source.search(caption, (), 3)) == expected[:3]
         assert ids(source.search(caption, expected[:1], 2)) == expected[1:3]
