@@ -14,10 +14,10 @@ from internlm_xcomposer2.ixc_utils import check_hd_num
 from internlm_xcomposer2.prompt_internlm_xcomposer2 import (
     META_INSTRUCTION,
     ChatPrompt,
+    mark_pictures,
     plan_chat,
     system_text,
 )
-from internlm_xcomposer2.tokenization_internlm_xcomposer2 import IMAGE_MARK
 from PIL import Image
 from torch import Tensor
 
@@ -149,30 +149,11 @@ class Meter:
 def mark_questions(version: str, questions: Sequence[Question]) -> list[str]:
     """The texts of a dialogue's questions, with a mark for each of their files.
 
-    A visitor who writes the marks decides where pictures go. Else they are numbered through the dialogue,
-    as in the published examples, and a single one goes where `chat` puts it.
-
     Raises:
         ValueError: a question has some marks, but not one for each file.
     """
-    num_files = sum(len(question.files) for question in questions)
-    texts, number = [], 0
-    for question in questions:
-        num_marks = question.text.count(IMAGE_MARK)
-        if num_marks and num_marks != len(question.files):
-            raise ValueError(
-                f"the question has {num_marks} {IMAGE_MARK} marks but {len(question.files)} files; "
-                "write one mark for each file, or none"
-            )
-        numbers = range(number + 1, number + 1 + len(question.files))
-        number += len(question.files)
-        if num_marks or not question.files:
-            texts.append(question.text)
-        elif num_files == 1:
-            texts.append(question.text if version == "2.5" else IMAGE_MARK + question.text)
-        else:
-            texts.append("".join(f"Image{i} {IMAGE_MARK}; " for i in numbers) + question.text)
-    return texts
+    counts = [len(question.files) for question in questions]
+    return mark_pictures([question.text for question in questions], counts, version=version)
 
 
 # ---- the dialogue ----

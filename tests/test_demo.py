@@ -259,9 +259,9 @@ def test_marks_and_files_must_agree():
     ]
     own = Question("<ImageHere> or <ImageHere>?", (STAR, RING))
     assert mark_questions("2.5", [own]) == [own.text]
-    with pytest.raises(ValueError, match="1 <ImageHere> marks but 2 files"):
+    with pytest.raises(ValueError, match="1 <ImageHere> marks but came with 2 pictures"):
         mark_questions("2.5", [Question("<ImageHere>?", (STAR, RING))])
-    with pytest.raises(ValueError, match="1 <ImageHere> marks but 0 files"):
+    with pytest.raises(ValueError, match="1 <ImageHere> marks but came with 0 pictures"):
         mark_questions("2.5", [Question("<ImageHere>?")])
 
 
