@@ -195,13 +195,20 @@ def _array_to_image(array: np.ndarray) -> Image.Image:
 
 def upright_size(image: Image.Image) -> Size:
     """(height, width) of a picture once its EXIF orientation is applied."""
-    turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    return image.size if turned else image.size[::-1]
+    return image.size if _orientation(image) in (5, 6, 7, 8) else image.size[::-1]
+
+
+def _orientation(image: Image.Image) -> object:
+    """The EXIF orientation of a picture, 1 for upright; broken metadata turn nothing."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # of the reader of TIFF's tags
+        return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode as RGB: upright by its EXIF orientation, transparency on white."""
-    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+    if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _grey_from_numbers(image)

@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import golden_directory
-from internlm_xcomposer2.media_internlm_xcomposer2 import is_video, load_image, load_video
+from internlm_xcomposer2.media_internlm_xcomposer2 import (
+    image_size,
+    is_video,
+    load_image,
+    load_video,
+    to_rgb,
+)
 from internlm_xcomposer2.video_internlm_xcomposer2 import open_video
 from PIL import Image, ImageFile
 
@@ -225,6 +231,15 @@ def test_a_hair_thin_picture_is_legal():
 def test_arrays_that_are_not_pictures(array, message):
     with pytest.raises(ValueError, match=message):
         load_image(array)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_broken_metadata_turn_nothing(mode):
+    content = io.BytesIO()
+    Image.new(mode, (5, 3)).save(content, "JPEG", exif=b"Exif\0\0" + b"nonsense" * 3)
+    image = load_image(content)
+    assert image.size == (5, 3) and image_size(content) == (3, 5)
+    assert to_rgb(image).size == (5, 3)
 
 
 def test_pillows_settings_stay_as_they_are():
