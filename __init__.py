@@ -140,8 +140,8 @@ def _naming_files(read: Callable) -> Callable:
 
 def check_files(folder: Path) -> None:
     """Raise `ValueError` for JSON files without fields, or with wrong ones in a checkpoint of this family."""
-    present = [folder / name for name in ("config.json", *SMALL_FILES) if os.path.isfile(folder / name)]
-    fields = {path.name: read_fields(path) for path in present}
+    paths = [folder / name for name in ("config.json", *SMALL_FILES) if name.endswith(".json")]
+    fields = {path.name: read_fields(path) for path in paths if path.is_file()}
     if fields.get("config.json", {}).get("model_type") in PUBLISHED_MODEL_TYPES:
         with blaming(folder / "config.json"):
             check_fields(fields["config.json"], CONFIG_KINDS)

@@ -446,16 +446,21 @@ SMALL_FILES: dict[str, Mapping[str, Kind]] = {
     "video_preprocessor_config.json": PROCESSOR_KINDS,
     "quantize_config.json": QUANTIZATION_KINDS,
     "quant_config.json": QUANTIZATION_KINDS,
+    "chat_template.jinja": {},  # a text
 }
 
 
 def check_small_file(path: Path) -> dict:
-    """The fields of one of `SMALL_FILES`.
+    """The fields of one of `SMALL_FILES`, or none of a text.
 
     Raises:
         ValueError: it can't be read, or a field is of the wrong kind; names file and field.
         OSError: see `read_fields`.
     """
+    if path.suffix != ".json":
+        with blaming(path):
+            read_small(path).decode("utf-8")
+        return {}
     fields = read_fields(path)
     kinds = SMALL_FILES[path.name]
     is_generation = kinds is GENERATION_KINDS
@@ -470,7 +475,10 @@ def check_small_file(path: Path) -> dict:
 
 
 # Which of them a tokenizer and a processor read.
-TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+)
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 

@@ -4,6 +4,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from internlm_xcomposer2.files_internlm_xcomposer2 import (
+    FLAG,
+    MAPPING,
+    SIZE,
+    TEXT,
+    blaming,
+    check_fields,
+    either,
+    is_file,
+    list_of,
+    number,
+    read_fields,
+)
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -84,6 +97,33 @@ def add_lora(
     return peft.get_peft_model(model, config)
 
 
+_ADAPTER_KINDS = {
+    **dict.fromkeys(("base_model_name_or_path", "peft_type", "task_type", "bias"), TEXT.or_none()),
+    **dict.fromkeys(("target_modules", "modules_to_save"), either(TEXT, list_of(TEXT)).or_none()),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "auto_mapping"), MAPPING.or_none()),
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"), FLAG.or_none()),
+    "r": SIZE,
+    "lora_alpha": number(0, 1e6),
+    "lora_dropout": number(0, 1),
+}
+
+
+def adapter_fields(directory: Path) -> dict:
+    """The content of an adapter's `adapter_config.json`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it can't be read, or a field is of the wrong kind; names both.
+    """
+    path = directory / "adapter_config.json"
+    if not is_file(path):
+        raise FileNotFoundError(f"{directory} holds no adapter: adapter_config.json is missing")
+    fields = read_fields(path)
+    with blaming(path):
+        check_fields(fields, _ADAPTER_KINDS)
+    return fields
+
+
 def load_adapter(model: PreTrainedModel, directory: Path) -> nn.Module:
     """The model with a trained adapter on it, one of ours or of the published training.
 
@@ -92,21 +132,22 @@ def load_adapter(model: PreTrainedModel, directory: Path) -> nn.Module:
         ValueError: the adapter isn't LoRA, or its weights don't fit the model.
     """
     peft = import_peft()
-    if not (directory / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{directory} holds no adapter: adapter_config.json is missing")
-    config = peft.PeftConfig.from_pretrained(str(directory))
+    adapter_fields(directory)
+    with blaming(directory / "adapter_config.json"):
+        config = peft.PeftConfig.from_pretrained(str(directory))
     if config.peft_type != peft.PeftType.LORA:
         raise ValueError(
             f"{directory} holds an adapter of type {config.peft_type.value}; only LoRA is supported"
         )
     if not model.can_generate() and config.task_type == "CAUSAL_LM":  # as in the published reward training
         config.task_type = None
-    weights = peft.utils.load_peft_weights(str(directory), device="cpu")
+    with blaming(directory):
+        weights = peft.utils.load_peft_weights(str(directory), device="cpu")
     names = set(weights)  # peft removes some
     try:
         wrapped = peft.get_peft_model(model, config)
         unknown = peft.set_peft_model_state_dict(wrapped, weights).unexpected_keys
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"the adapter in {directory} doesn't fit this model: {error}") from error
     lacking = set(peft.get_peft_model_state_dict(wrapped)).difference(names)
     if unknown or lacking:

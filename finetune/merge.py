@@ -1,7 +1,6 @@
 """Merge a LoRA adapter into its checkpoint: `python -m finetune.merge ADAPTER OUT [--base BASE]`."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .arguments import DTYPES
 from .card import CARD
-from .lora import load_adapter
+from .lora import adapter_fields, load_adapter
 from .saving import save_model
 
 
@@ -55,9 +54,9 @@ def base_of(adapter: Path) -> str:
 
     Raises:
         FileNotFoundError: it isn't an adapter.
-        ValueError: it doesn't say.
+        ValueError: it doesn't say, or its configuration can't be read.
     """
-    base = _fields_of(adapter).get("base_model_name_or_path")
+    base = adapter_fields(adapter).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{adapter} doesn't name the checkpoint that it belongs to; pass it with --base")
     return base
@@ -69,15 +68,8 @@ def class_of(adapter: Path) -> type[PreTrainedModel]:
     Raises:
         FileNotFoundError: it isn't an adapter.
     """
-    is_reward = _fields_of(adapter).get("task_type") == "SEQ_CLS"
+    is_reward = adapter_fields(adapter).get("task_type") == "SEQ_CLS"
     return InternLMXComposer2ForSequenceClassification if is_reward else InternLMXComposer2ForCausalLM
-
-
-def _fields_of(adapter: Path) -> dict:
-    path = adapter / "adapter_config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{adapter} holds no adapter: adapter_config.json is missing")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def card_of(adapter: Path, base: str) -> str:

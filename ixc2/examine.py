@@ -30,7 +30,6 @@ from ..files_internlm_xcomposer2 import (
     check_small_file,
     is_file,
     read_fields,
-    read_small,
 )
 from ..image_processing_internlm_xcomposer2 import grid_of_image, tokens_of_grid
 from ..modeling_internlm_xcomposer2 import (
@@ -150,9 +149,7 @@ def examine(
 
 def faults_of_small_files(source: Path) -> dict[str, str]:
     """What is wrong with the files of the tokenizer, the processor and the generation, by their names."""
-    checks = dict.fromkeys(SMALL_FILES, check_small_file)
-    checks |= {"chat_template.jinja": lambda path: read_small(path).decode("utf-8")}
-    checks |= {"tokenizer.model": lambda path: InternLMXComposer2Tokenizer(path)}
+    checks = {**dict.fromkeys(SMALL_FILES, check_small_file), "tokenizer.model": InternLMXComposer2Tokenizer}
     faults = {}
     for name, check in checks.items():
         try:

@@ -19,6 +19,7 @@ from finetune.arguments import LORA_TARGETS, ModelArguments
 from finetune.freezing import count_trained, freeze
 from finetune.lora import add_lora, load_adapter, target_modules
 from finetune.merge import merge
+from finetune.saving import is_complete
 
 pytestmark = pytest.mark.slow
 
@@ -196,6 +197,48 @@ def test_what_cannot_be_merged_is_named(base, adapter, tmp_path, monkeypatch):
     with pytest.raises(BaseException, match="no room"):
         merge(adapter, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"smaller", "broken"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 0),
+        ("r", "x"),
+        ("lora_alpha", []),
+        ("target_modules", 5),
+        ("modules_to_save", {"a": 1}),
+        ("base_model_name_or_path", 5),
+        ("task_type", []),
+        ("rank_pattern", 7),
+    ],
+)
+def test_a_doctored_adapter_is_named_before_its_base_is_loaded(adapter, tmp_path, monkeypatch, field, value):
+    loaded = lambda *_, **__: pytest.fail("the base was loaded")  # noqa: E731
+    monkeypatch.setattr(InternLMXComposer2ForCausalLM, "from_pretrained", loaded)
+    shutil.copytree(adapter, tmp_path / "doctored")
+    path = tmp_path / "doctored" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ValueError, match=f"adapter_config.json: {field} must be"):
+        merge(tmp_path / "doctored", tmp_path / "out", base="anything")
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from finetune import merge, saving
+saving.describe_checkpoint = lambda *_: os._exit(9)
+merge.merge(Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def test_a_merge_goes_on_by_itself_after_a_kill(adapter, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(ROOT), str(adapter), str(tmp_path / "out")]
+    killed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert killed.returncode == 9, killed.stderr[-2000:]
+    assert (tmp_path / "out.partial").is_dir() and not (tmp_path / "out").exists()
+    merge(adapter, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and is_complete(tmp_path / "out")
 
 
 def test_a_quantised_base_trains_an_adapter_for_the_unquantised_one(base, rows, tmp_path):
