@@ -232,7 +232,6 @@ class Composer:
         Raises:
             ValueError, TypeError: no such line, or an unusable source.
         """
-        article.paragraph(line)
         _, source = self._check_pictures(None, source, None)
         article = article.with_picture(line, None)
         picture = Picture(self.caption(article, line) if caption is None else caption)
@@ -245,7 +244,7 @@ class Composer:
 
     # ---- single steps ----
 
-    def write(self, instruction: str, images: Sequence[Image.Image] = ()) -> Article:
+    def write(self, instruction: str, images: Sequence[MediaSource] = ()) -> Article:
         """Write the article, about the pictures if there are any."""
         prompt = self._article_prompt(instruction, images)
         return self.article_of(instruction, self._ask(self.rules.article, prompt, "article", keep="text"))
@@ -255,10 +254,9 @@ class Composer:
 
         `article_of(instruction, stream.response)` makes an article of the text.
         """
-        check_instruction(instruction)
         writer = AnswerWriter(self.tokenizer)
         stream = {"streamer": writer, "stopping_criteria": [writer.stopping_criterion]}
-        prompt = self._article_prompt(instruction, [load_image(image) for image in images])
+        prompt = self._article_prompt(instruction, images)
         step, key = self.rules.article, "article"
         return ChatStream(writer, lambda: self._run(step, prompt, key, "text", **stream)[1], instruction, ())
 
@@ -327,16 +325,16 @@ class Composer:
         offered = {one.id for picture in others for one in picture.candidates}
         chosen = {picture.chosen.id for picture in others if picture.chosen is not None}
         source = as_source(source, self.describe)
-        caption = article.pictures[line].caption
+        caption = picture_at(article, line).caption
         return find_candidates(source, caption, offered, k) or find_candidates(source, caption, chosen, k)
 
     def choose(self, article: Article, line: int) -> int:
         """The index of the candidate after a line that the model finds most suitable.
 
         Raises:
-            ValueError: there are no candidates after this line, or more than letters.
+            ValueError: there is no picture after this line, or no candidates, or more than letters.
         """
-        candidates = article.paragraph(line).picture.candidates if line in article.pictures else ()
+        candidates = picture_at(article, line).candidates
         if not 0 < len(candidates) <= len(LETTERS):
             raise ValueError(
                 f"paragraph {line} has {len(candidates)} candidates; choose between 1 and {len(LETTERS)}"
@@ -354,7 +352,7 @@ class Composer:
 
     def score(self, article: Article, line: int) -> list[float]:
         """How likely the model is to choose each of the candidates after a line; the sum is one."""
-        rules, candidates = self.rules, article.pictures[line].candidates
+        rules, candidates = self.rules, picture_at(article, line).candidates
         step = replace(rules.choice, opening=rules.choice.opening + rules.before_letter, max_new_tokens=1)
         prompt = self._choice_prompt(step, article, line)
         scores = LetterScores(letter_ids(self.tokenizer, step.opening, len(candidates)))
@@ -406,8 +404,9 @@ class Composer:
     def _build(self, step: Step, **values) -> ComposerPrompt:
         return build_prompt(step, self.markup, self.meta, **values)
 
-    def _article_prompt(self, instruction: str, images: Sequence[Image.Image]) -> ChatPrompt:
-        pictures = [piece for image in images for piece in (" ", image)][1:]
+    def _article_prompt(self, instruction: str, images: Sequence[MediaSource]) -> ChatPrompt:
+        check_instruction(instruction)
+        pictures = [piece for image in images for piece in (" ", load_image(image))][1:]
         step = self.rules.article
         return self._fit(step, [self._build(step, pictures=pictures, instruction=instruction)])
 
@@ -496,6 +495,18 @@ class Composer:
             raise ValueError(f"{len(images)} pictures were given, but at most {len(LETTERS)} can be offered")
         uploads = [Candidate(number, load_image(image)) for number, image in enumerate(images, 1)]
         return uploads, as_source(source, self.describe)
+
+
+def picture_at(article: Article, line: int) -> Picture:
+    """The picture after a line.
+
+    Raises:
+        ValueError: there is none.
+    """
+    picture = article.paragraph(line).picture
+    if picture is None:
+        raise ValueError(f"paragraph {line} has no picture; add one with a caption first")
+    return picture
 
 
 def unused(article: Article, uploads: Sequence[Candidate]) -> tuple[Candidate, ...]:

@@ -346,7 +346,12 @@ def test_bad_steps(composing):
         with pytest.raises(ValueError, match=words):
             composer.edit(article, index, action)
     with pytest.raises(ValueError, match="paragraph 0 has 0 candidates"):
-        composer.choose(article, 0)
+        composer.choose(article.with_picture(0, Picture("a cat")), 0)
+    for step in (composer.choose, composer.score, lambda *args: composer.find_candidates(*args, numbered(1))):
+        with pytest.raises(ValueError, match="paragraph 1 has no picture"):
+            step(article, 1)
+    with pytest.raises(ValueError, match="instruction is empty"):
+        composer.write("")
     with pytest.raises(ValueError, match="no paragraph -1"):
         composer.add_picture(article, -1)
     with pytest.raises(TypeError, match="pairs or paths, not 3"):
