@@ -1,8 +1,13 @@
-"""Compiled engines, prompts in chunks, and several processes, on a random checkpoint of 2.5."""
+"""Compiled engines, chunks, several processes on a random checkpoint of 2.5, and the example of the page."""
+
+import re
+import subprocess
+import sys
 
 import pytest
 from engines import (
     LAYOUT_QUESTIONS,
+    ROOT,
     answers_of,
     answers_of_chat,
     differing,
@@ -34,3 +39,13 @@ def test_answers_are_those_of_chat(name, published):
         warm = llm.generate(prompts, sampling(), use_tqdm=False)
         assert not differing(LAYOUT_QUESTIONS, answers_of(warm), expected)
         assert num_cached(warm) > num_cached(cold)
+
+
+def test_the_example_of_the_page_prints_an_answer(tmp_path):
+    text = (ROOT / "docs/vllm.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- vllm -->\n```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "example.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "example.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "star" in done.stdout.splitlines()
