@@ -1,6 +1,7 @@
 """Prompts: messages or whole texts -> ids by the rules of `chat`, each picture or video a short mark in them.
 
-The marks (`processing.mark_of`) are ids that no text of a message can become. vLLM replaces each with as many
+What messages say is plain text: names of markup don't count in it, `<ImageHere>` neither. The marks
+(`processing.mark_of`) are ids that no plain text becomes. vLLM replaces each with as many
 image tokens as its picture takes.
 """
 
@@ -12,12 +13,11 @@ import jinja2
 from internlm_xcomposer2 import InternLMXComposer2Processor, InternLMXComposer2Tokenizer
 from internlm_xcomposer2.prompt_internlm_xcomposer2 import ROLES, text_only_ids
 from internlm_xcomposer2.tokenization_internlm_xcomposer2 import (
-    BEGIN_OF_TURN,
     CHAT_TEMPLATE,
     END_OF_TURN,
     IMAGE_MARK,
-    SPECIAL_PIECES,
     VIDEO_MARK,
+    markup_of,
 )
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TextPrompt, TokensPrompt
@@ -28,9 +28,6 @@ from vllm.tokenizers.hf import get_cached_tokenizer
 from vllm.utils.async_utils import make_async
 
 from .processing import IMAGE, VIDEO, mark_of
-
-# What the template consists of or replaces, and so no text of a message may contain.
-MARKUP = (BEGIN_OF_TURN, END_OF_TURN, IMAGE_MARK, VIDEO_MARK, *SPECIAL_PIECES.values())
 
 
 class FamilyTokenizer:
@@ -102,13 +99,19 @@ class FamilyRenderer(BaseRenderer):
         return prompt
 
     def _encode_messages(self, conversation: list[dict], params: ChatParams) -> list[int]:
-        check_messages(conversation, (*MARKUP, self.processor.image_piece))
+        check_roles(conversation)
         options = params.get_apply_chat_template_kwargs()
         for name in ("tokenize", "return_dict"):
             options.pop(name, None)
         template = options.pop("chat_template", None) or self.chat_template
-        text = self.get_tokenizer().apply_chat_template(
-            conversation, chat_template=template, tokenize=False, **options
+        tokenizer = self.get_tokenizer()
+        markup = markup_of(tokenizer)
+        text = tokenizer.apply_chat_template(
+            markup.hide_messages(conversation, with_marks=True),
+            chat_template=template,
+            tokenize=False,
+            allow_markup=True,  # what is said is hidden already
+            **markup.hide_all(options, with_marks=True),
         )
         return self.encode(text, list(_kinds_of(conversation)))
 
@@ -133,7 +136,7 @@ class FamilyRenderer(BaseRenderer):
         """
         if not kinds and add_special_tokens and self.processor.version != "2.5":
             bare = text.removeprefix(self.get_tokenizer().bos_token)
-            return list(text_only_ids(self.get_tokenizer(), bare)["input_ids"][0])
+            return text_only_ids(self.get_tokenizer(), bare)
         ids = self.processor.encode_text(text, [1] * len(kinds), add_special_tokens=add_special_tokens)
         marks = iter([mark_of(self.processor, kind) for kind in kinds])
         parts = [next(marks) if token == self.processor.image_token_id else [token] for token in ids]
@@ -156,17 +159,11 @@ def _media_options(params: ChatParams) -> tuple[dict | None, dict | None]:
     return params.media_io_kwargs, params.mm_processor_kwargs
 
 
-def check_messages(conversation: Sequence[dict], markup: Sequence[str]) -> None:
-    """Raise `ValueError` for a role that no version knows, or markup in a text."""
+def check_roles(conversation: Sequence[dict]) -> None:
+    """Raise `ValueError` for a role that no version knows."""
     for message in conversation:
         if message["role"] not in ROLES:
             raise ValueError(f"unknown role {message['role']!r}; choose one of {', '.join(ROLES)}")
-        for part in message.get("content") or ():
-            if part["type"] == "text" and (found := [piece for piece in markup if piece in part["text"]]):
-                raise ValueError(
-                    f"a message contains {found[0]}, which is markup of the model; leave it out, and pass "
-                    "pictures as parts of the content"
-                )
 
 
 def _kinds_of(conversation: Sequence[dict]) -> Iterator[str]:
