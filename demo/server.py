@@ -99,8 +99,8 @@ def content_policy(*, web_content: bool) -> str:
 # ---- serving ----
 
 
-def launch(pages: gr.Blocks, *, host: str, port: int | None, web_content: bool, wait: bool = True) -> str:
-    """Serve pages, and return their address once they are stopped, or at once unless `wait`."""
+def launch(pages: gr.Blocks, *, host: str, port: int | None, web_content: bool) -> str:
+    """Begin to serve pages -> their address."""
     pages.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
     guard = Middleware(Guard, policy=content_policy(web_content=web_content))
     _, address, _ = pages.launch(
@@ -120,7 +120,7 @@ def launch(pages: gr.Blocks, *, host: str, port: int | None, web_content: bool, 
         i18n=translate,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         app_kwargs={"middleware": [guard], "docs_url": None, "redoc_url": None, "openapi_url": None},
-        prevent_thread_lock=not wait,
+        prevent_thread_lock=True,
     )
     return address
 
@@ -147,4 +147,7 @@ def run(build: Callable[[Service], gr.Blocks], options: argparse.Namespace) -> N
         # The one way to tell gradio; its default is a folder that all users of the machine share.
         os.environ["GRADIO_TEMP_DIR"] = folder
         service = load_service(options)
-        launch(build(service), host=options.host, port=options.port, web_content=options.web_content)
+        pages = build(service)
+        address = launch(pages, host=options.host, port=options.port, web_content=options.web_content)
+        print(f"serving at {address}", flush=True)
+        pages.block_thread()
