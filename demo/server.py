@@ -8,6 +8,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import gradio as gr
 from internlm_xcomposer2.demo.service import Service, add_options, load_service
@@ -21,6 +22,9 @@ MODEL = "model"  # the one queue of everything that computes
 MAX_WAITING = 32  # questions in the queue
 MAX_VISITORS = 64  # whose dialogues are held in memory; the longest unused goes first
 MAX_FILE_BYTES = 64 << 20
+MAX_UPLOAD_BYTES = 256 << 20  # of all files that come in one request
+MAX_REQUEST_BYTES = 1 << 20  # of everything else that is sent
+MAX_STORED_BYTES = 8 << 30  # of all visitors' files together
 HOUR = 3600  # seconds: how often uploaded files are looked through
 FILE_HOURS = 12  # after which they go
 
@@ -33,11 +37,13 @@ translate = gr.I18n(**TEXTS)
 class Guard:
     """Adds security headers to every answer, and refuses what no page of ours asks for.
 
-    Requests from other sites' pages are refused, as are requests to fetch an address for the visitor.
+    Args:
+        policy: what a page may load.
+        folder: where uploads go.
     """
 
-    def __init__(self, app: ASGIApp, policy: str) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, policy: str, folder: Path) -> None:
+        self.app, self.folder = app, folder
         self.headers = {
             "Content-Security-Policy": policy,
             "X-Content-Type-Options": "nosniff",
@@ -49,8 +55,9 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if not is_own_request(scope["path"], Headers(scope=scope)):
-            await PlainTextResponse("refused", status_code=403)(scope, receive, send)
+        refused = refusal(scope["method"], scope["path"], Headers(scope=scope), self.folder)
+        if refused is not None:
+            await PlainTextResponse(refused[1], status_code=refused[0])(scope, receive, send)
             return
 
         async def send_with_headers(message: Message) -> None:
@@ -63,14 +70,32 @@ class Guard:
         await self.app(scope, receive, send_with_headers)
 
 
-def is_own_request(path: str, headers: Headers) -> bool:
-    """Whether a request comes from our own pages (or from no page), and asks for something of ours."""
+def refusal(method: str, path: str, headers: Headers, folder: Path) -> tuple[int, str] | None:
+    """Why a request is refused, as HTTP status and text; `None` for what our own pages ask.
+
+    Refused are requests from other sites' pages, to fetch an address for the visitor, and too large ones.
+    """
     _, mark, file = path.partition("/file=")
-    if mark and "://" in file:
-        return False
     origin = headers.get("origin")
     host = headers.get("x-forwarded-host") or headers.get("host", "")
-    return origin is None or origin.partition("://")[2] == host
+    if (mark and "://" in file) or (origin is not None and origin.partition("://")[2] != host):
+        return 403, "refused"
+    if method != "POST":
+        return None
+    is_upload = path.rstrip("/").endswith("/upload")
+    limit, length = MAX_UPLOAD_BYTES if is_upload else MAX_REQUEST_BYTES, headers.get("content-length", "")
+    if not length.isdecimal():
+        return 411, "the length is missing"
+    if int(length) > limit:
+        return 413, f"{length} bytes were sent, but the limit is {limit}"
+    if is_upload and stored_bytes(folder) + int(length) > MAX_STORED_BYTES:
+        return 507, "there is no room for more files; try again later"
+    return None
+
+
+def stored_bytes(folder: Path) -> int:
+    """The size of all files in a folder and below."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def content_policy(*, web_content: bool) -> str:
@@ -100,9 +125,10 @@ def content_policy(*, web_content: bool) -> str:
 
 
 def launch(pages: gr.Blocks, *, host: str, port: int | None, web_content: bool) -> str:
-    """Begin to serve pages -> their address."""
+    """Begin to serve pages -> their address. `GRADIO_TEMP_DIR` must be set, as `run` does."""
     pages.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
-    guard = Middleware(Guard, policy=content_policy(web_content=web_content))
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    guard = Middleware(Guard, policy=content_policy(web_content=web_content), folder=folder)
     _, address, _ = pages.launch(
         server_name=host,
         server_port=port,

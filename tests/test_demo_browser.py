@@ -400,7 +400,7 @@ def test_a_script_says_where_it_serves(tmp_path):
     assert not list(tmp_path.glob("ixc2-pages-*"))
 
 
-def status_of(address: str, data: bytes | None = None, **headers: str) -> int:
+def status_of(address: str, data: bytes | Iterator[bytes] | None = None, **headers: str) -> int:
     request = urllib.request.Request(address, data, headers)
     try:
         with urllib.request.urlopen(request, timeout=SECONDS) as response:
@@ -451,6 +451,19 @@ def test_requests_from_other_sites_are_refused(site):
     assert status_of(address, Origin="https://evil.example") == 403
 
 
+def test_what_is_too_large_is_refused(site, monkeypatch):
+    upload, join = f"{site}/gradio_api/upload", f"{site}/gradio_api/queue/join"
+    assert status_of(join, b" " * (server.MAX_REQUEST_BYTES + 1)) == 413
+    assert status_of(join, iter([b" "])) == 411
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\na\r\n--x--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert status_of(upload, form, **kind) == 200
+    monkeypatch.setattr(server, "MAX_STORED_BYTES", 1)
+    assert status_of(upload, form, **kind) == 507
+    monkeypatch.setattr(server, "MAX_UPLOAD_BYTES", len(form) - 1)
+    assert status_of(upload, form, **kind) == 413
+
+
 @pytest.mark.parametrize("path", ["/monitoring", "/docs", "/openapi.json", "/gradio_api/runs"])
 def test_nothing_else_is_served(site, path):
     assert status_of(f"{site}{path}") in (403, 404)
@@ -458,7 +471,7 @@ def test_nothing_else_is_served(site, path):
 
 def test_the_documented_limits_are_these():
     text = (ROOT / "docs" / "pages.md").read_text(encoding="utf-8")
-    limits = dict(re.findall(r"^\| ([a-zA-Z ]+) \| (\d+)(?:, [^|]*)? \|$", text, re.MULTILINE))
+    limits = dict(re.findall(r"^\| ([a-zA-Z' ]+) \| (\d+)(?:, [^|]*)? \|$", text, re.MULTILINE))
     assert limits == {
         "files of a dialogue": str(dialogue.MAX_FILES),
         "turns of a dialogue": str(dialogue.MAX_TURNS),
@@ -466,6 +479,7 @@ def test_the_documented_limits_are_these():
         "pictures for an article": str(desk.MAX_UPLOADS),
         "seconds of an answer": f"{dialogue.MAX_SECONDS:.0f}",
         "MiB of a file": str(server.MAX_FILE_BYTES >> 20),
+        "GiB of all visitors' files": str(server.MAX_STORED_BYTES >> 30),
         "visitors whose dialogues are kept": str(server.MAX_VISITORS),
         "questions that wait": str(server.MAX_WAITING),
     }
