@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from accelerate.utils import align_module_device
 from einops import rearrange
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -16,7 +17,7 @@ from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPPreTrainedModel, CLIPVisionEmbeddings
 
 from .configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2Config
-from .image_processing_internlm_xcomposer2 import split_tiles
+from .image_processing_internlm_xcomposer2 import check_grids, split_tiles
 
 # How many tiles go through the tower at once: bounds the memory of a 4K picture or a long video.
 MAX_TILES_PER_BATCH = 8
@@ -47,7 +48,7 @@ def leaves_autocast(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def call(self, *args, **kwargs):
-        with outside_autocast(self.model.tok_embeddings.weight):
+        with outside_autocast(self.get_input_embeddings().weight):
             return method(self, *args, **kwargs)
 
     return call
@@ -321,6 +322,54 @@ class Projector(nn.Sequential):
 def build_vision_projector(config: InternLMXcomposer2Config) -> Projector:
     """`vision_proj`: features of the tower (merged 2x2 where tiled) -> embeddings of the decoder."""
     return Projector(config.projector_input_size, config.text_config.hidden_size)
+
+
+class VisionMixin:
+    """Pictures to embeddings of the decoder: `vit`, `vision_proj`, and the newline vectors where tiled.
+
+    A mixin, so that the parts have their published names both in the whole model and without the decoder.
+    Needs `config`.
+    """
+
+    def _build_vision(self) -> None:
+        # In the order of computation, in which `device_map="auto"` fills the devices.
+        self.vit = build_vision_tower(self.config)
+        self.vision_proj = build_vision_projector(self.config)
+        if self.config.is_tiled:
+            width = self.config.projector_input_size
+            self.plora_glb_GN = nn.Parameter(torch.zeros(1, 1, width))
+            self.plora_sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
+
+    @leaves_autocast
+    def get_image_features(
+        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Encode pictures.
+
+        Args:
+            pixel_values: (tiles, 3, side, side), all tiles of all pictures, each global view first.
+            image_grid_hw: (pictures, 2), rows and columns of local tiles; squares need none.
+
+        Returns:
+            `pooler_output`: one (tokens, hidden) tensor per picture.
+
+        Raises:
+            ValueError: the grids don't fit the tiles.
+        """
+        grids = check_grids(self.config, pixel_values, image_grid_hw)
+        features = self.vit.encode_tiles(pixel_values)
+        if self.config.is_tiled:
+            with align_module_device(self):  # the newline vectors are ours, and may be offloaded
+                pieces = self.vit.assemble(features, grids, self.plora_glb_GN, self.plora_sub_GN)
+            counts = [len(piece) for piece in pieces]
+            features = torch.cat(pieces)
+        else:
+            counts = [features.shape[1]] * len(grids)
+            features = features.flatten(0, 1)
+        projected = self.vision_proj(features)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features, pooler_output=list(projected.split(counts))
+        )
 
 
 # ---- training in several processes ----

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig
 from transformers import initialization as init
@@ -14,7 +13,6 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
@@ -22,9 +20,8 @@ from transformers.utils import GENERATION_CONFIG_NAME, can_return_tuple, logging
 
 from .build_mlp import (
     Projector,
+    VisionMixin,
     blank_picture,
-    build_vision_projector,
-    build_vision_tower,
     leaves_autocast,
     must_see_pictures,
 )
@@ -108,7 +105,7 @@ def writes_alone(arguments: Mapping[str, object]) -> bool:
     )
 
 
-class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel):
+class InternLMXComposer2Backbone(VisionMixin, EmbeddingMethodsMixin, InternLM2PreTrainedModel):
     """A checkpoint without its head: a vision tower, a projector and InternLM2 with Partial LoRA.
 
     Subclasses add a head and call `_finish_init`.
@@ -128,13 +125,7 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
     def __init__(self, config: InternLMXcomposer2Config) -> None:
         check_attention(config)
         super().__init__(config)
-        # In the order of computation, in which `device_map="auto"` fills the devices.
-        self.vit = build_vision_tower(config)
-        self.vision_proj = build_vision_projector(config)
-        if config.is_tiled:
-            width = config.projector_input_size
-            self.plora_glb_GN = nn.Parameter(torch.zeros(1, 1, width))
-            self.plora_sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
+        self._build_vision()
         if config.video_memory_size:
             self.video_mem_proj = Projector(config.video_memory_size, config.text_config.hidden_size)
         self.model = InternLM2Model(config.text_config)
@@ -338,37 +329,6 @@ class InternLMXComposer2Backbone(EmbeddingMethodsMixin, InternLM2PreTrainedModel
     def default_hd_num(self, num_pictures: int) -> int:
         """How many tiles each picture of a prompt may be cut into if the caller gives no number."""
         return default_hd_num(self.config, num_pictures)
-
-    @leaves_autocast
-    def get_image_features(
-        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
-        """Encode pictures.
-
-        Args:
-            pixel_values: (tiles, 3, side, side), all tiles of all pictures, each global view first.
-            image_grid_hw: (pictures, 2), rows and columns of local tiles; squares need none.
-
-        Returns:
-            `pooler_output`: one (tokens, hidden) tensor per picture.
-
-        Raises:
-            ValueError: the grids don't fit the tiles.
-        """
-        grids = check_grids(self.config, pixel_values, image_grid_hw)
-        features = self.vit.encode_tiles(pixel_values)
-        if self.config.is_tiled:
-            with align_module_device(self):  # the newline vectors are ours, and may be offloaded
-                pieces = self.vit.assemble(features, grids, self.plora_glb_GN, self.plora_sub_GN)
-            counts = [len(piece) for piece in pieces]
-            features = torch.cat(pieces)
-        else:
-            counts = [features.shape[1]] * len(grids)
-            features = features.flatten(0, 1)
-        projected = self.vision_proj(features)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=features, pooler_output=list(projected.split(counts))
-        )
 
     @leaves_autocast
     def embed_inputs(
