@@ -336,11 +336,9 @@ def begin(model: nn.Module, prompt: ChatPrompt, earlier: PromptCache | None, inf
     config, text, font = model.config, model.config.text_config, model.font
     identities = [visual.identity(config, prompt.hd_num, font) for visual in prompt.visuals]
     tokens, origin = prompt.tokens(identities), origin_of(model, infer_mode)
-    shared = 0 if earlier is None else earlier.shared_length(tokens[:-1], origin)
+    shared = num_computed(prompt, tokens, earlier, origin)
     if shared and not reusable_length(text, shared, len(tokens)):
         shared = 0
-    # A picture of which only a part is there is computed again.
-    shared = next((start for start, stop in prompt.spans() if start < shared < stop), shared)
     cache = earlier.restore(shared, config) if shared else GrowingCache(config)
     left = [
         visual for visual, (start, _) in zip(prompt.visuals, prompt.spans(), strict=True) if start >= shared
@@ -351,6 +349,19 @@ def begin(model: nn.Module, prompt: ChatPrompt, earlier: PromptCache | None, inf
     if is_known:
         inputs["image_features"] = encode_once(model, left, prompt.hd_num, origin)
     return Begun(inputs, cache, tokens, origin)
+
+
+def num_computed(
+    prompt: ChatPrompt, tokens: Sequence[Hashable], earlier: PromptCache | None, origin: Hashable
+) -> int:
+    """How many leading tokens of a prompt `earlier` holds: never all, and each picture whole or not at all.
+
+    Args:
+        tokens: what is at each position of the prompt: ids, and the identities of pictures.
+        origin: what else keys and values would depend on.
+    """
+    shared = 0 if earlier is None else earlier.shared_length(tokens[:-1], origin)
+    return next((start for start, stop in prompt.spans() if start < shared < stop), shared)
 
 
 @torch.no_grad()

@@ -110,23 +110,27 @@ def check_numbers(settings: Mapping[str, object]) -> None:
             raise TypeError(f"{name} must be True or False, not {settings[name]!r:.80}")
 
 
+def check_values(text_config, settings: Mapping[str, object]) -> None:
+    """Raise `TypeError` or `ValueError` for an argument that no engine can use with this decoder."""
+    check_numbers(settings)
+    check_infer_mode(settings.get("infer_mode", "base"), text_config)
+    for name in (*TOKEN_IDS, *LISTS_OF_IDS):
+        _check_ids(name, settings.get(name), text_config.vocab_size, several=name in LISTS_OF_IDS)
+    for name, check in _OBJECTS.items():
+        if settings.get(name) is not None:
+            check(name, settings[name])
+
+
 def check_settings(model: nn.Module, settings: Mapping[str, object]) -> None:
     """Raise `TypeError` or `ValueError` for arguments that `generate` could not use, or not together.
 
     Args:
         settings: everything that `generate` gets, except for the prompt and its images.
     """
-    check_numbers(settings)
+    check_values(model.config.text_config, settings)
     num_beams = setting(model, settings, "num_beams") or 1
     if settings.get("streamer") is not None and num_beams > 1:
         raise ValueError(f"a streamer shows one answer as it grows, but num_beams is {num_beams}; use 1")
-    text = model.config.text_config
-    check_infer_mode(settings.get("infer_mode", "base"), text)
-    for name in (*TOKEN_IDS, *LISTS_OF_IDS):
-        _check_ids(name, settings.get(name), text.vocab_size, several=name in LISTS_OF_IDS)
-    for name, check in _OBJECTS.items():
-        if settings.get(name) is not None:
-            check(name, settings[name])
     config = _generation_config(model, settings)
     if config.stop_strings is not None and settings.get("tokenizer") is None:
         raise ValueError("stop_strings need the tokenizer; pass tokenizer= too")
