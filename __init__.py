@@ -35,6 +35,7 @@ from .files_internlm_xcomposer2 import (
 )
 from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImageProcessor
 from .ixc_utils import draw_boxes, parse_boxes
+from .llamacpp.model import from_gguf
 from .modeling_internlm2 import InternLM2Model
 from .modeling_internlm_xcomposer2 import (
     InternLMXComposer2ForCausalLM,
@@ -54,6 +55,7 @@ __all__ = [
     "InternLMXcomposer2TextConfig",
     "draw_boxes",
     "parse_boxes",
+    "from_gguf",
 ]
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,16 +105,20 @@ def adopt(
             record = _record(plan, target, staging, previous, kept)
             record = {"source": os.path.realpath(source), "converted": convert_bin, "files": record}
             (staging / MARKER).write_bytes(json_bytes(record))
-            _put_in_place(staging, target, removed)
+            put_in_place(staging, target, removed)
     notes = (*findings.notes, *notes)
     return Adoption(target, findings, tuple(needed), tuple(kept), tuple(removed), notes)
 
 
-def check_target(source: Path, target: Path) -> dict:
+def check_target(source: Path, target: Path, marker: str = MARKER, done: str = "adopted") -> dict:
     """What an earlier run recorded in `target`, empty if `target` is new.
 
+    Args:
+        marker: the name of the file with that record.
+        done: what that run did, in messages.
+
     Raises:
-        FileExistsError: `target` is a file, holds something else, or was adopted from elsewhere.
+        FileExistsError: `target` is a file, holds something else, or was written from elsewhere.
         ValueError: `target` is inside `source`, or the other way round.
     """
     real_source, real_target = (Path(os.path.realpath(path)) for path in (source, target))
@@ -124,19 +128,19 @@ def check_target(source: Path, target: Path) -> dict:
         return {}
     if not target.is_dir():
         raise FileExistsError(f"{target} is a file; choose another target directory")
-    if not (target / MARKER).is_file():
+    if not (target / marker).is_file():
         raise FileExistsError(
-            f"{target} holds files that were not adopted; empty it or choose another target directory"
+            f"{target} holds files that were not {done}; empty it or choose another target directory"
         )
     try:
-        previous = read_record(target / MARKER)
+        previous = read_record(target / marker)
     except ValueError as error:
         raise FileExistsError(
-            f"{target / MARKER} is damaged; delete {target} or choose another: {error}"
+            f"{target / marker} is damaged; delete {target} or choose another: {error}"
         ) from error
     if previous["source"] != os.fspath(real_source):
         raise FileExistsError(
-            f"{target} was adopted from {previous['source']}, not from {source}; delete it or choose another"
+            f"{target} was {done} from {previous['source']}, not from {source}; delete it or choose another"
         )
     return previous
 
@@ -308,14 +312,14 @@ def _record(plan: _Plan, target: Path, staging: Path, previous: dict, kept: list
     return record | {name: previous["files"][name] for name in kept if name in previous["files"]}
 
 
-def _put_in_place(staging: Path, target: Path, removed: list[str]) -> None:
+def put_in_place(staging: Path, target: Path, removed: Sequence[str], marker: str = MARKER) -> None:
     """In one step for a new target; for an old one, file by file, the configuration and the record last."""
-    if not (target / MARKER).exists():
+    if not (target / marker).exists():
         if target.is_dir():
             target.rmdir()  # it is empty
         staging.rename(target)
         return
-    last = [name for name in ("config.json", MARKER) if (staging / name).exists()]
+    last = [name for name in ("config.json", marker) if (staging / name).exists()]
     names = {path.name for path in staging.iterdir()}.difference(last)
     for name in [*names, *last]:
         os.replace(staging / name, target / name)

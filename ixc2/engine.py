@@ -10,11 +10,13 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from ..chat_internlm_xcomposer2 import ChatMixin
+from ..llamacpp.files import DECODER
+from ..llamacpp.model import from_gguf
 from ..tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
 from .small_files import PACKAGE
 
 NANO = PACKAGE / "model.safetensors"  # only in a clone
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "llama.cpp")
 
 # Nano's answers have no randomness, and its pages repeat small pieces.
 PLAIN = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
@@ -90,10 +92,24 @@ def load_engine(options: argparse.Namespace, adapters: tuple[str, ...] | None = 
     source = str(PACKAGE) if options.model is None else options.model
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    device = options.device or ("auto" if torch.accelerator.is_available() else None)
     tokenizer = AutoTokenizer.from_pretrained(source)
+    is_gguf = (Path(source) / DECODER).is_file()
+    load = _load_gguf if options.backend == "llama.cpp" or (options.backend is None and is_gguf) else _load
+    model = load(source, options, adapters)
+    model.tokenizer = tokenizer
+    return Engine(model, tokenizer, source)
+
+
+def _load(source: str, options: argparse.Namespace, adapters: tuple[str, ...]) -> ChatMixin:
+    """The model in torch."""
+    device = options.device or ("auto" if torch.accelerator.is_available() else None)
     model = AutoModel.from_pretrained(source, dtype=options.dtype, device_map=device, adapters=adapters)
     if not isinstance(model, ChatMixin):
         raise ValueError(f"{source!r} scores answers and writes none; use a chat checkpoint")
-    model.tokenizer = tokenizer
-    return Engine(model.eval(), tokenizer, source)
+    return model.eval()
+
+
+def _load_gguf(source: str, options: argparse.Namespace, adapters: tuple[str, ...]) -> ChatMixin:
+    """The model in llama.cpp, with its vision half on the device."""
+    device = "cpu" if options.device in (None, "auto") else options.device
+    return from_gguf(source, adapters=adapters, dtype=options.dtype, device=device)

@@ -1,4 +1,4 @@
-"""The command `ixc2`: ask a model, write with it, adopt or describe a checkpoint, export its adapters."""
+"""The command `ixc2`: ask a model, write with it, adopt or describe a checkpoint, write it for engines."""
 
 import argparse
 import json
@@ -23,6 +23,7 @@ from .examine import (
     weight_memory,
 )
 from .fetch import HUBS, fetch, fetch_description
+from .gguf import DEFAULT_TYPE, export
 
 PICTURE = "3840x2160"
 
@@ -90,6 +91,22 @@ def _parser() -> argparse.ArgumentParser:
         "--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="of a converted file; default: 5GB"
     )
     command.set_defaults(run=_adopt)
+    command = commands.add_parser(
+        "gguf",
+        help="write a checkpoint as GGUF, for llama.cpp",
+        description="Write a directory that internlm_xcomposer2.from_gguf loads. The source is never "
+        "changed. Running it again finds everything in place, or writes it again if something has changed.",
+    )
+    _add_source(command)
+    command.add_argument("target", metavar="DST", nargs="?", help="default: ./NAME-TYPE-gguf")
+    command.add_argument(
+        "--type",
+        default=DEFAULT_TYPE,
+        help=f"of the decoder's weights: f16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0 or any other that llama.cpp's "
+        f"quantiser knows; default: {DEFAULT_TYPE}",
+    )
+    command.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model, if SRC has none")
+    command.set_defaults(run=_gguf)
     command = commands.add_parser("inspect", help="describe a checkpoint by the headers of its weights")
     _add_source(command)
     command.add_argument("--json", action="store_true", help="print everything as one JSON object")
@@ -127,9 +144,9 @@ def _size(text: str) -> tuple[int, int]:
 # ---- adopt ----
 
 
-def default_target(source: str, subfolder: str) -> Path:
+def default_target(source: str, subfolder: str, ending: str = "ixc2") -> Path:
     """`NAME-ixc2` in the working directory; NAME is the last part of the source's path or id."""
-    return Path.cwd() / "-".join([Path(os.path.realpath(source)).name, *Path(subfolder).parts, "ixc2"])
+    return Path.cwd() / "-".join([Path(os.path.realpath(source)).name, *Path(subfolder).parts, ending])
 
 
 def _adopt(options: argparse.Namespace) -> None:
@@ -169,6 +186,31 @@ def _export_adapters(options: argparse.Namespace) -> None:
     source = fetch(options.source, options.hub, options.revision, options.subfolder)
     for mode, rank in export_adapters(source, options.target, options.num_attention_heads).items():
         print(f"wrote {options.target}/{mode} (rank {rank})")
+
+
+# ---- gguf ----
+
+
+def _gguf(options: argparse.Namespace) -> None:
+    source = fetch(options.source, options.hub, options.revision, options.subfolder)
+    exported = export(
+        source,
+        options.target or default_target(options.source, options.subfolder, f"{options.type}-gguf"),
+        options.type,
+        tokenizer=options.tokenizer,
+        num_attention_heads=options.num_attention_heads,
+    )
+    print("\n".join(describe(exported.findings)))
+    for note in exported.notes:
+        print(f"note: {note}")
+    for fallback in exported.fallbacks:
+        print(f"fallback: {fallback}")
+    target = exported.target
+    if exported.written:
+        print(f"wrote {len(exported.written)} files into {target}")
+    else:
+        print(f"{target} was exported before, and everything is in place")
+    print(f"load it: internlm_xcomposer2.from_gguf({str(target)!r})")
 
 
 # ---- inspect ----

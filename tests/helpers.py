@@ -66,6 +66,17 @@ def golden_case(family: str, name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     return read_json(folder / f"{name}.json"), load_file(folder / f"{name}.safetensors")
 
 
+def call_of(case: dict) -> dict:
+    """The recorded arguments of `chat`, with full paths."""
+    call = dict(case["call"])
+    image = call.get("image")
+    if isinstance(image, list):
+        call["image"] = [str(golden_directory() / name) for name in image]
+    elif image:
+        call["image"] = str(golden_directory() / image)
+    return call
+
+
 def recipe_tensor(key: str, shape: list[int]) -> np.ndarray:
     """The weights of a key, as the recipe of the goldens draws them: float16 values in float32."""
     rng = np.random.RandomState(zlib.crc32(key.encode()) & 0xFFFFFFFF)

@@ -5,6 +5,7 @@ import torch
 from helpers import (
     FAMILIES,
     VERSION_OF_FAMILY,
+    call_of,
     family_config,
     golden_case,
     golden_cases,
@@ -18,17 +19,6 @@ from internlm_xcomposer2.image_processing_internlm_xcomposer2 import as_visuals,
 
 CASES = [(family, case) for family in FAMILIES for case in golden_cases(family)]
 GREEDY_TOKENS = 32
-
-
-def call_of(case: dict) -> dict:
-    """The recorded arguments of `chat`, with full paths."""
-    call = dict(case["call"])
-    image = call.get("image")
-    if isinstance(image, list):
-        call["image"] = [str(golden_directory() / name) for name in image]
-    elif image:
-        call["image"] = str(golden_directory() / image)
-    return call
 
 
 def inputs_of(model, case: dict) -> dict:
