@@ -165,12 +165,13 @@ def synchronise(device: str) -> None:
 class Marks(LogitsProcessor):
     """Changes nothing; records when each new token can be chosen, with or without beams."""
 
-    def __init__(self, device: str) -> None:
-        self.device, self.start, self.times = device, time.perf_counter(), []
+    def __init__(self, device: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self.clock, self.times = device, clock, []
+        self.start = clock()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         synchronise(self.device)
-        self.times.append(time.perf_counter())
+        self.times.append(self.clock())
         return scores
 
     @property

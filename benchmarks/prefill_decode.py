@@ -12,6 +12,8 @@ line is JSON.
 """
 
 import argparse
+import time
+from collections.abc import Callable
 
 import common
 import torch
@@ -61,9 +63,11 @@ def bytes_read(model, num_tokens: int) -> float:
     return (weights + cached) * model.output.weight.element_size() / 1e9
 
 
-def generate(model, inputs: dict, num_new: int, mode: str) -> common.Marks:
+def generate(
+    model, inputs: dict, num_new: int, mode: str, clock: Callable[[], float] = time.perf_counter
+) -> common.Marks:
     """Generate `num_new` tokens in one of the modes, and return when each came."""
-    marks = common.Marks(inputs["inputs_embeds"].device)
+    marks = common.Marks(inputs["inputs_embeds"].device, clock)
     settings = {"max_new_tokens": num_new, "min_new_tokens": num_new, "do_sample": False}
     if mode == "naive":
         settings |= {"logits_to_keep": 0, "past_key_values": DynamicCache(config=model.config)}

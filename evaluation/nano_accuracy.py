@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quantization", choices=QUANTIZATIONS, help="quantise the decoder's linears; needs '.[quant]'"
     )
+    parser.add_argument("--gguf", metavar="FOLDER", help="the checkpoint as GGUF, run by llama.cpp instead")
     every = (*ABILITIES, *WRITING)
     parser.add_argument("--abilities", nargs="*", default=every, choices=every)
     parser.add_argument("--show-errors", action="store_true", help="print every wrong answer")
@@ -137,17 +138,27 @@ def percent(outcomes: list[bool]) -> float:
     return round(100 * sum(outcomes) / len(outcomes), 1)
 
 
+def load_model(arguments: argparse.Namespace):
+    """The model in torch, or as GGUF in llama.cpp."""
+    if arguments.gguf:
+        from internlm_xcomposer2 import from_gguf
+
+        return from_gguf(arguments.gguf, dtype=arguments.dtype)
+    quantizer = quantization_config(arguments.quantization) if arguments.quantization else None
+    return AutoModel.from_pretrained(
+        arguments.model, trust_remote_code=True, dtype=arguments.dtype, quantization_config=quantizer
+    ).eval()
+
+
 def main() -> None:
     arguments = parse_arguments()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
-    quantizer = quantization_config(arguments.quantization) if arguments.quantization else None
-    model = AutoModel.from_pretrained(
-        arguments.model, trust_remote_code=True, dtype=arguments.dtype, quantization_config=quantizer
-    ).eval()
-    result = {"samples": arguments.samples, "seed": arguments.seed, "device": str(model.device)}
+    model = load_model(arguments)
+    result = {"samples": arguments.samples, "seed": arguments.seed, "device": str(model.input_device)}
     result |= {
-        "dtype": str(model.dtype),
+        "dtype": arguments.dtype if arguments.gguf else str(model.dtype),
         "quantization": arguments.quantization,
+        "gguf": arguments.gguf,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
