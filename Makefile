@@ -81,7 +81,7 @@ $(VLLM)/.installed: pyproject.toml tests_vllm/requirements.txt | .python
 lock: .venv/.created
 	.venv/bin/python -m pip install --quiet uv
 	echo "$(NO_TORCH)" | .venv/bin/uv $(COMPILE) --universal --python-version 3.10 --upgrade \
-		--no-annotate --extra dev --extra video pyproject.toml --output-file constraints.txt
+		--no-annotate --extra dev --extra video --extra gguf pyproject.toml --output-file constraints.txt
 	echo "$(NO_TORCH)" | .venv/bin/uv $(COMPILE) --universal --python-version 3.10 --upgrade \
 		--no-annotate --extra web --extra web-test pyproject.toml --output-file constraints-web.txt
 

@@ -43,7 +43,8 @@ LINKING = (
     "benchmarks/RESULTS.md",
 )
 BLOCK = re.compile(r"(?:<!-- ([^\n]*) -->\n)?```(\w*)\n(.*?)```\n", re.DOTALL)
-OUTSIDE = ("published", "server", "vllm")  # need a download, test_serve.py's server, or vLLM
+# Need a download, test_serve.py's server, vLLM, or llama.cpp, with which test_gguf.py runs them.
+OUTSIDE = ("published", "server", "vllm", "gguf")
 SIZES = ((640, 480), (1920, 1080), (3840, 2160))  # width, height
 NUM_ANSWER_TOKENS = 4  # of the methods that write, whose answers here are noise
 
