@@ -276,6 +276,15 @@ def _torch_headers(path: Path) -> dict[str, TensorHeader]:
     return {name: TensorHeader(tuple(tensor.shape), tensor.dtype, path) for name, tensor in tensors.items()}
 
 
+def read_tensor(headers: Mapping[str, TensorHeader], name: str) -> torch.Tensor:
+    """One tensor of a checkpoint, alone in memory."""
+    path = headers[name].file
+    if path.suffix != ".safetensors":
+        return load_torch_file(path)[name]
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
 def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a `.bin` file, memory-mapped; only files from before torch 1.6 are read whole.
 

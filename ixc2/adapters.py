@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint_internlm_xcomposer2 import TensorHeader, load_torch_file
+from ..checkpoint_internlm_xcomposer2 import read_tensor
 from ..configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2TextConfig
 from ..modeling_internlm2 import unpack_heads
 from .adopt import staging_beside
@@ -83,18 +82,11 @@ def _tensors_of(
     ending = f".lora_{names[0]}_A.weight"
     linears = [name.removesuffix(ending) for name in findings.headers if name.endswith(ending)]
     for linear in linears:
-        down = torch.cat([_read(findings.headers, f"{linear}.lora_{name}_A.weight") for name in names])
-        up = torch.cat([_read(findings.headers, f"{linear}.lora_{name}_B.weight") for name in names], dim=1)
+        down = torch.cat([read_tensor(findings.headers, f"{linear}.lora_{name}_A.weight") for name in names])
+        up = torch.cat(
+            [read_tensor(findings.headers, f"{linear}.lora_{name}_B.weight") for name in names], dim=1
+        )
         if linear.endswith("wqkv"):
             up = unpack_heads(up, text.num_attention_heads, text.num_key_value_heads)
         yield f"{_PREFIX}{linear}.lora_A.weight", down.contiguous()
         yield f"{_PREFIX}{linear}.lora_B.weight", up.contiguous()
-
-
-def _read(headers: dict[str, TensorHeader], name: str) -> Tensor:
-    """One tensor of a checkpoint."""
-    path = headers[name].file
-    if path.suffix != ".safetensors":
-        return load_torch_file(path)[name]
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)

@@ -20,15 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from ..checkpoint_internlm_xcomposer2 import load_torch_file
+from ..checkpoint_internlm_xcomposer2 import read_tensor
 from ..configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, is_reward, published_name
 from ..llamacpp.files import DECODER, EXPORT_KEY, PLORA, RECORD, VISION, mode_file
 from ..llamacpp.library import file_name, load_gguf, load_library
+from ..modeling_internlm2 import unpack_heads
 from ..quantization_internlm_xcomposer2 import PackedLinear
 from ..tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
 from .adopt import check_loadable, check_target, put_in_place, staging_beside
@@ -42,8 +42,7 @@ _PLAIN_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF1
 _NOT_FOR_LLAMA = ("quantize_config.json", "quant_config.json")
 _VISION = re.compile(r"(?:vit|vision_proj)\.(?!.*\.position_ids$)|plora_")
 _MARKUP = re.compile(r"\[UNUSED_TOKEN_\d+\]")
-# Our linears with low-rank weights -> their names in llama.cpp, which has three in place of `wqkv`, each with
-# some of the rows of every group of heads: queries, a key, a value.
+# Our linears with low-rank weights -> their names in llama.cpp, which has three in place of `wqkv`.
 _LINEARS = {
     "attention.wqkv": "",
     "attention.wo": "attn_output",
@@ -51,7 +50,6 @@ _LINEARS = {
     "feed_forward.w3": "ffn_up",
     "feed_forward.w2": "ffn_down",
 }
-_HEADS = {"attn_q": slice(None, -2), "attn_k": slice(-2, -1), "attn_v": slice(-1, None)}
 _UNQUANTISED = "unquantised.gguf"
 _QUANTISE_BYTES = 1 << 29  # what llama.cpp's quantiser holds at once
 _SPARE = 1.05  # more than a type's own bytes: some types keep parts of a model in more bits
@@ -370,18 +368,11 @@ class _Weights:
     def __getitem__(self, name: str) -> Tensor:
         if name in self._packed:
             return self._unpack(name, self._packed[name])
-        return self._read(self._names[name])
+        return read_tensor(self._headers, self._names[name])
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor, unpacked."""
         return self._dtype if name in self._packed else self._headers[self._names[name]].dtype
-
-    def _read(self, name: str) -> Tensor:
-        path = self._headers[name].file
-        if path.suffix != ".safetensors":
-            return load_torch_file(path)[name]
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
 
     @torch.no_grad()
     def _unpack(self, name: str, linear: str) -> Tensor:
@@ -393,8 +384,8 @@ class _Weights:
         parts = [
             part for part in ("qweight", "qzeros", "scales", "g_idx") if f"{linear}.{part}" in self._headers
         ]
-        tensors = {part: self._read(f"{linear}.{part}") for part in parts}
-        if f"{linear}.bias" in self._headers and self._read(f"{linear}.bias").any():
+        tensors = {part: read_tensor(self._headers, f"{linear}.{part}") for part in parts}
+        if f"{linear}.bias" in self._headers and read_tensor(self._headers, f"{linear}.bias").any():
             raise ValueError(f"{linear} has a bias, which no checkpoint of the family has")
         outputs, inputs = self.shapes[name]
         packed = PackedLinear(
@@ -416,25 +407,25 @@ def _take_heads(text, part: str, packed: Tensor) -> Tensor:
 
     llama.cpp rotates neighbouring rows of queries and keys together, this decoder those of two halves.
     """
-    heads = rearrange(packed, "(g r d) i -> g r d i", g=text.num_key_value_heads, d=text.head_dim)
-    taken = heads[:, _HEADS[part]].flatten(0, 1)
-    if part != "attn_v":
-        taken = rearrange(taken, "h (half d) i -> h (d half) i", half=2)
-    return taken.flatten(0, 1)
+    heads = unpack_heads(packed, text.num_attention_heads, text.num_key_value_heads)
+    num_rows = _rows_of_heads(text)
+    taken = dict(zip(num_rows, heads.split(list(num_rows.values())), strict=True))[part]
+    if part == "attn_v":
+        return taken
+    return rearrange(taken, "(h half d) i -> (h d half) i", half=2, d=text.head_dim // 2)
 
 
 def _parts_of_linear(text, linear: str) -> dict[str, Callable[[Tensor], Tensor]]:
     """A linear's names in llama.cpp, and for each what it takes of (out, in) or (out, rank) rows."""
     if linear != "attention.wqkv":
         return {_LINEARS[linear]: lambda weight: weight}
-    return {part: partial(_take_heads, text, part) for part in _HEADS}
+    return {part: partial(_take_heads, text, part) for part in _rows_of_heads(text)}
 
 
-def _num_rows(text, part: str, weight_rows: int) -> int:
-    """How many of a linear's rows a part of it has."""
-    heads = {"attn_q": text.num_attention_heads, "attn_k": text.num_key_value_heads}
-    heads["attn_v"] = text.num_key_value_heads
-    return heads[part] * text.head_dim if part in heads else weight_rows
+def _rows_of_heads(text) -> dict[str, int]:
+    """The parts of `wqkv` in llama.cpp, and how many rows each has."""
+    queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    return {"attn_q": queries, "attn_k": keys, "attn_v": keys}
 
 
 def _decoder_tensors(findings: Findings, weights: "_Weights") -> Iterator[_Tensor]:
@@ -457,7 +448,7 @@ def _decoder_tensors(findings: Findings, weights: "_Weights") -> Iterator[_Tenso
             rows, width = weights.shapes[source]
             kind = _PLAIN_TYPES[weights.dtype(source)]
             for part, take in _parts_of_linear(text, linear).items():
-                shape = _num_rows(text, part, rows), width
+                shape = _rows_of_heads(text).get(part, rows), width
                 yield _Tensor(
                     f"{theirs}.{part}.weight",
                     shape,
@@ -489,7 +480,7 @@ def _low_rank(
             rank, width = sum(weights.shapes[down][0] for down in downs), weights.shapes[downs[0]][1]
             for part, take in _parts_of_linear(text, linear).items():
                 name = f"blk.{layer}.{part}.weight"
-                rows = _num_rows(text, part, weights.shapes[ups[0]][0])
+                rows = _rows_of_heads(text).get(part, weights.shapes[ups[0]][0])
                 kind = type if width % _block_size(type.lower()) == 0 else "F16"
                 yield _Tensor(f"{name}.lora_a", (rank, width), kind, partial(_joined, weights, downs, 0, 1.0))
                 kind = type if rank % _block_size(type.lower()) == 0 else "F16"
