@@ -42,6 +42,8 @@ from .files_internlm_xcomposer2 import (
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 QUANTIZE_CONFIG = "quantize_config.json"
+MAX_SHARDS = 10_000
+_NAMES_IN_MESSAGE = 100
 _NUMBERED = re.compile(r"model-\d+-of-\d+\.safetensors|pytorch_model-\d+-of-\d+\.bin")
 
 # What safetensors calls the types of its tensors.
@@ -212,6 +214,8 @@ def shards_without_index(directory: Path) -> list[Path]:
     found = [path for path in found if path.suffix == ".safetensors"] or found
     if found:
         total = found[-1].name.split("-of-")[1].split(".")[0]
+        if int(total) > MAX_SHARDS:
+            raise ValueError(f"{found[-1]} claims to be one of more than {MAX_SHARDS} shards")
         stem, suffix = found[-1].name.split("-")[0], found[-1].suffix
         names = [f"{stem}-{i + 1:0{len(total)}}-of-{total}{suffix}" for i in range(int(total))]
         present = {path.name for path in found}
@@ -222,8 +226,14 @@ def shards_without_index(directory: Path) -> list[Path]:
 def _refuse_gaps(source: str | os.PathLike, missing: list[str], num_shards: int) -> None:
     if missing:
         raise FileNotFoundError(
-            f"{source} lacks {len(missing)} of its {num_shards} shards: {', '.join(missing)}"
+            f"{source} lacks {len(missing)} of its {num_shards} shards: {listed(missing)}"
         )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a message, and how many more there are than it can show."""
+    more = len(names) - _NAMES_IN_MESSAGE
+    return ", ".join(names[:_NAMES_IN_MESSAGE]) + (f" and {more} more" if more > 0 else "")
 
 
 def adopt_command(source: str | os.PathLike) -> str:
@@ -295,6 +305,13 @@ def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
     if is_archive:
         _check_stored(path)
     tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    check_named(tensors)
+    _check_values(tensors, os.path.getsize(path))
+    return tensors
+
+
+def check_named(tensors: object) -> None:
+    """Raise `ValueError` unless what a `.bin` file holds are tensors by their names."""
     if not isinstance(tensors, dict):
         raise ValueError(f"it holds a {type(tensors).__name__}, not tensors by name")
     if unnamed := [name for name in tensors if not isinstance(name, str)]:
@@ -304,8 +321,6 @@ def load_torch_file(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{len(others)} of its {len(tensors)} entries are not tensors: {', '.join(others[:5])}"
         )
-    _check_values(tensors, os.path.getsize(path))
-    return tensors
 
 
 def _check_stored(path: Path) -> None:
@@ -484,7 +499,7 @@ def check_tensors(
 def check_loading(info: dict, source) -> None:
     """Raise a `ValueError` that lists every tensor that is missing, unknown or of another shape."""
     faults = [
-        f"{len(info[kind])} {what}: {', '.join(sorted(map(str, info[kind])))}"
+        f"{len(info[kind])} {what}: {listed(sorted(map(str, info[kind])))}"
         for kind, what in (
             ("missing_keys", "missing"),
             ("unexpected_keys", "unexpected"),

@@ -245,7 +245,7 @@ CONFIG = Kind("an object with fields", lambda value: isinstance(value, Mapping) 
 # Special tokens are texts, or objects that say how a text is matched.
 PIECE = either(TEXT, Kind("an object with a content", lambda value: is_piece(value)))
 
-MAX_LAYERS = 1024
+MAX_LAYERS = 256
 MAX_SIDE = 4096  # px of a tile
 MAX_LABELS = 10_000
 
@@ -587,8 +587,8 @@ def finish_saving(directory: Path) -> None:
         ValueError: the list of files is damaged.
     """
     folder = directory / _WRITTEN
-    if not (folder / _PLAN).is_file():
-        shutil.rmtree(folder, ignore_errors=True)  # everything was moved, and the kill came after
+    if folder.is_symlink() or not (folder / _PLAN).is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # left by a kill after the moves; never a link's target
         return
     plan = read_fields(folder / _PLAN)
     move, remove = (

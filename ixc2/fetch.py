@@ -12,6 +12,7 @@ from ..checkpoint_internlm_xcomposer2 import (
     SAFETENSORS_DTYPES,
     WEIGHT_FILES,
     TensorHeader,
+    check_named,
     read_weight_map,
 )
 from ..files_internlm_xcomposer2 import check_link
@@ -151,6 +152,7 @@ def _remote_torch(repository: str, path: str, revision: str | None) -> dict[str,
     name = f"{repository}@{revision}/{path}" if revision else f"{repository}/{path}"
     with HfFileSystem().open(name, "rb", block_size=_BLOCK) as file, torch.serialization.skip_data():
         tensors = torch.load(file, map_location="meta", weights_only=True)
+    check_named(tensors)
     return {
         key: TensorHeader(tuple(tensor.shape), tensor.dtype, Path(path)) for key, tensor in tensors.items()
     }

@@ -374,7 +374,7 @@ def test_a_small_file_cannot_ask_for_a_large_model(tmp_path):
         {**weights, **{f"model.layers.{i}.x": torch.ones(1) for i in range(3000)}},
         flat_config(tiny_model("2.5")),
     )
-    with pytest.raises(ValueError, match="num_hidden_layers must be an integer from 1 to 1024, not 3000"):
+    with pytest.raises(ValueError, match="num_hidden_layers must be an integer from 1 to 256, not 3000"):
         examine(tmp_path)
 
 

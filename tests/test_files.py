@@ -133,6 +133,19 @@ def test_a_packer_names_only_weights_beside_it(tmp_path, name):
         InternLMXComposer2ForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_name_cannot_ask_for_a_billion_shards(tmp_path):
+    published_source(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-9999999999.safetensors")
+    for read in (
+        InternLMXComposer2ForCausalLM.from_pretrained,
+        lambda path: adopt(path, path.with_name("target")),
+    ):
+        started = time.monotonic()
+        with pytest.raises(ValueError, match="9999999999.safetensors claims to be one of more than"):
+            read(tmp_path)
+        assert time.monotonic() - started < 5
+
+
 # ---- links ----
 
 
@@ -381,6 +394,14 @@ def test_a_save_that_was_killed_while_moving_is_finished_before_the_next(tmp_pat
     (tmp_path / "model.safetensors").write_text("old")
     finish_saving(tmp_path)
     assert content_of(tmp_path).keys() == {"a.json", "b.json"}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ".plan.json").write_text(json.dumps({"move": ["mine"], "remove": []}))
+    (elsewhere / "mine").write_text("mine")
+    folder.symlink_to(elsewhere)
+    finish_saving(tmp_path)
+    assert (elsewhere / "mine").read_text() == "mine" and not (tmp_path / "mine").exists()
+    folder.unlink()
     for part in ("move", "remove"):
         folder.mkdir()
         (folder / ".plan.json").write_text(json.dumps({part: ["../../mine"]}))
