@@ -33,7 +33,8 @@ from internlm_xcomposer2 import (
 from internlm_xcomposer2.ixc2.adopt import adopt
 from internlm_xcomposer2.ixc2.examine import examine
 from internlm_xcomposer2.ixc2.main import main
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 # ---- a checkpoint to doctor, and the ways in ----
 
