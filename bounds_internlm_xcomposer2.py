@@ -6,6 +6,7 @@ limit is checked by the header, before anything is decoded.
 
 import os
 import struct
+import threading
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 PIXELS_VARIABLE = "IXC2_MAX_PIXELS"
 MAX_PIXELS = 1 << 26
+PROMPT_PICTURES = 16
 
 # As many times the limit, a JPEG or JPEG 2000 is decoded at half its width and height.
 REDUCIBLE = 4
@@ -48,6 +50,24 @@ def max_pixels() -> int:
     if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"{PIXELS_VARIABLE} must be a number of pixels, at least 1, got {value!r}")
     return int(value)
+
+
+class Allowance:
+    """The pixels of all pictures of one prompt: at most those of `PROMPT_PICTURES` of the largest."""
+
+    def __init__(self) -> None:
+        self.limit = PROMPT_PICTURES * max_pixels()
+        self.taken, self.lock = 0, threading.Lock()
+
+    def take(self, num_pixels: int) -> None:
+        """Count a picture that was read; raise `ValueError` if it is one too many."""
+        with self.lock:
+            self.taken += num_pixels
+        if self.taken > self.limit:
+            raise ValueError(
+                f"the pictures have more than {self.limit} px in all; scale them down, pass fewer, or raise "
+                f"{PIXELS_VARIABLE}"
+            )
 
 
 def bound_pixels(image: Image.Image, file: BinaryIO | None, name: str, limit: int | None = None) -> bool:

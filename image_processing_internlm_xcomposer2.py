@@ -5,10 +5,11 @@ file is the image processor, the same with the interface of transformers.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import TypeVar
@@ -23,6 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from .access_internlm_xcomposer2 import MediaAccess
+from .bounds_internlm_xcomposer2 import Allowance
 from .checkpoint_internlm_xcomposer2 import (
     check_small_files,
     checkpoint_config,
@@ -41,6 +43,7 @@ from .ixc_utils import (
     plan_composite,
     plan_tiles,
     plan_video,
+    resize_picture,
     shrink_frame,
     square_picture,
     tile_picture,
@@ -144,13 +147,17 @@ def tile_pixels(image: Image.Image, tile_size: int) -> Tensor:
 
 
 def preprocess_image(
-    image: Image.Image, *, layout: str, tile_size: int, hd_num: int | None = None
+    image: Image.Image, *, layout: str, tile_size: int, hd_num: int | None = None, size: Size | None = None
 ) -> PreparedImage:
-    """Prepare a picture as a square (layout "square") or as tiles (a name in `TILE_RULES`, and `hd_num`)."""
+    """Prepare a picture as a square (layout "square") or as tiles (a name in `TILE_RULES`, and `hd_num`).
+
+    `size` is that of a picture before it was resized, by which it is planned.
+    """
     if layout == SQUARE:
         return PreparedImage(VisProcessor(tile_size)(image)[None], grid=(1, 1))
     image = to_rgb(image)
-    plan = plan_tiles(image.height, image.width, tile_size=tile_size, hd_num=hd_num, layout=layout)
+    height, width = size or image.size[::-1]
+    plan = plan_tiles(height, width, tile_size=tile_size, hd_num=hd_num, layout=layout)
     return PreparedImage(tile_pixels(tile_picture(image, plan), tile_size), plan.grid)
 
 
@@ -196,7 +203,7 @@ class Visual:
     """One picture (`image`), the frames of one video (`frames`), or pixels already normalised (`pixels`).
 
     A picture is cut by the rule of the version, or by another of `TILE_RULES` (`layout`). With a `memo`, it
-    is encoded only once for several prompts.
+    is encoded only once for several prompts. One that is resized already keeps the `size` that it had.
     """
 
     image: Image.Image | None = None
@@ -204,6 +211,7 @@ class Visual:
     pixels: Tensor | None = None  # (3, height, width)
     layout: str | None = None
     memo: PictureMemo | None = field(default=None, compare=False)
+    size: Size | None = None
 
     def grid(self, config, hd_num: int) -> tuple[int, int]:
         """(rows, cols) of local tiles, from sizes alone."""
@@ -212,7 +220,21 @@ class Visual:
             return height // config.img_size, width // config.img_size
         if self.frames:
             return grid_of_frames(config, [frame_size(frame) for frame in self.frames])
-        return grid_of_image(config, self.image.height, self.image.width, hd_num, self.layout)
+        return grid_of_image(config, *(self.size or self.image.size[::-1]), hd_num, self.layout)
+
+    def resized(self, config, hd_num: int) -> "Visual":
+        """A picture as `prepare` resizes it for this budget, and no other, if that is smaller."""
+        height, width = self.size or self.image.size[::-1]
+        layout = self.layout or VERSIONS[config.version].layout
+        if layout == SQUARE:
+            small = square_picture(self.image, config.img_size)
+        else:
+            plan = plan_tiles(height, width, tile_size=config.img_size, hd_num=hd_num, layout=layout)
+            is_smaller = math.prod(plan.resized) < height * width
+            small = resize_picture(self.image, plan) if is_smaller else self.image
+        if small.width * small.height >= height * width:
+            return self
+        return replace(self, image=small, size=(height, width))
 
     def identity(self, config, hd_num: int, font: Font | None) -> Hashable:
         """Equal for pictures that `prepare` turns into the same, and practically never for others."""
@@ -238,7 +260,7 @@ class Visual:
         if self.frames:
             return preprocess_video(self.frames, tile_size=side, font=font)
         layout = self.layout or VERSIONS[config.version].layout
-        return preprocess_image(self.image, layout=layout, tile_size=side, hd_num=hd_num)
+        return preprocess_image(self.image, layout=layout, tile_size=side, hd_num=hd_num, size=self.size)
 
 
 def grid_of_image(config, height: int, width: int, hd_num: int, layout: str | None = None) -> tuple[int, int]:
@@ -271,17 +293,21 @@ def tokens_of_grid(config, grid: tuple[int, int]) -> int:
     return num_image_tokens(*grid, config.tile_tokens_per_side, is_tiled=config.is_tiled)
 
 
-def as_visuals(media, config, *, fps: float = 1.0, num_frames: int = MAX_FRAMES) -> list[Visual]:
+def as_visuals(
+    media, config, *, fps: float = 1.0, num_frames: int = MAX_FRAMES, hd_num: int | None = None
+) -> list[Visual]:
     """What a caller passed as `image`, loaded and checked.
 
     Args:
         media: one picture or video or a list of them; in a list, a list of frames is a video. A 4-D float
             tensor is a stack of pictures normalised by `vis_processor`.
         fps, num_frames: frames per second of a video, and the most frames to take.
+        hd_num: the budget for which pictures will be cut; they are then kept as small as that needs.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as in `load_image` and `load_video`; or a video for a
-            version that doesn't read any; or normalised pixels of a size that the tower can't read.
+            version that doesn't read any; or normalised pixels of a size that the tower can't read; or more
+            pixels in all than one prompt may have.
     """
     sampling = {"fps": fps, "max_frames": num_frames}
     plan_frames(1, 1.0, **sampling)  # raises what is wrong with them, even if there is no video
@@ -290,15 +316,29 @@ def as_visuals(media, config, *, fps: float = 1.0, num_frames: int = MAX_FRAMES)
     # Open files and pictures that Pillow has not read yet must not be read by two threads at a time.
     are_apart = all(isinstance(item, str | os.PathLike | bytes) for item in media)
     run = _in_threads if are_apart else map
-    return list(chain.from_iterable(run(lambda item: _as_visuals(item, config, sampling), media)))
+    keep = partial(_keep, Allowance(), config, hd_num)
+    return list(chain.from_iterable(run(lambda item: _as_visuals(item, config, sampling, keep), media)))
 
 
-def _as_visuals(item, config, sampling: dict) -> list[Visual]:
+def num_visuals(media) -> int:
+    """How many pictures and videos `as_visuals` will find."""
+    items = media if isinstance(media, list | tuple) else [media]
+    return sum(len(item) if isinstance(item, torch.Tensor) and item.ndim == 4 else 1 for item in items)
+
+
+def _keep(allowance: Allowance, config, hd_num: int | None, image: Image.Image) -> Visual:
+    """A picture that was just read, as small as its budget needs."""
+    allowance.take(image.width * image.height)
+    visual = Visual(image=image)
+    return visual if hd_num is None else visual.resized(config, hd_num)
+
+
+def _as_visuals(item, config, sampling: dict, keep: Callable[[Image.Image], Visual]) -> list[Visual]:
     if isinstance(item, torch.Tensor) and item.ndim == 4:
         return [Visual(pixels=check_pixels(pixels, config)) for pixels in check_stack(item)]
     if isinstance(item, list | tuple) or is_video(item):
         return [video_visual(item, config, **sampling)]
-    return [Visual(image=load_image(item))]
+    return [keep(load_image(item))]
 
 
 def video_visual(source, config, **sampling) -> Visual:
@@ -315,21 +355,26 @@ def video_visual(source, config, **sampling) -> Visual:
     return Visual(frames=tuple(load_video(source, each=shrink, **sampling)))
 
 
-def load_media(media: Iterable, config, *, access: MediaAccess | None = None, **sampling) -> list[Visual]:
+def load_media(
+    media: Iterable, config, *, access: MediaAccess | None = None, hd_num: int | None = None, **sampling
+) -> list[Visual]:
     """Media that say whether they are videos (`is_video`) and where they are (`source`), loaded.
 
     Args:
         access: which files and URLs may be read, `MediaAccess.of()` by default.
+        hd_num: the budget for which pictures will be cut, as in `as_visuals`.
         sampling: `fps` and `max_frames` of videos.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: as in `load_image` and `video_visual`.
+        FileNotFoundError, TypeError, ValueError: as in `load_image` and `video_visual`; or more pixels in all
+            than one prompt may have.
     """
+    keep = partial(_keep, Allowance(), config, hd_num)
     plan_frames(1, 1.0, **sampling)  # raises what is wrong with them, even if there is no video
     return [
         video_visual(medium.source, config, access=access, **sampling)
         if medium.is_video
-        else Visual(image=load_image(medium.source, access=access))
+        else keep(load_image(medium.source, access=access))
         for medium in media
     ]
 
@@ -518,9 +563,8 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
         if not images and not videos:
             raise ValueError("no pictures and no videos were given; pass at least one")
         media = [*(Medium(False, item) for item in images), *(Medium(True, item) for item in videos)]
-        pixels, grids = self.prepare(
-            self.load(media, access=access), self.hd_num if hd_num is None else hd_num
-        )
+        hd_num = self.hd_num if hd_num is None else hd_num
+        pixels, grids = self.prepare(self.load(media, access=access, hd_num=hd_num), hd_num)
         return BatchFeature({"pixel_values": pixels, "image_grid_hw": grids}, tensor_type=return_tensors)
 
     def load(
@@ -530,13 +574,15 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
         fps: float = 1.0,
         num_frames: int = MAX_FRAMES,
         access: MediaAccess | None = None,
+        hd_num: int | None = None,
     ) -> list[Visual]:
-        """Read pictures and sample videos, from where `access` allows.
+        """Read pictures, for a budget of `hd_num` tiles, and sample videos, from where `access` allows.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: as in `load_image` and `load_video`.
         """
-        return load_media(media, self, access=access, fps=fps, max_frames=num_frames)
+        sampling = {"fps": fps, "max_frames": num_frames}
+        return load_media(media, self, access=access, hd_num=hd_num, **sampling)
 
     def default_hd_num(self, num_visuals: int) -> int:
         """The tile budget of each picture of a prompt if the caller gives none."""

@@ -214,15 +214,19 @@ def _fit_frame(height: int, width: int, *, long_side: int) -> Size:
 
 def tile_picture(image: Image.Image, plan: TilePlan) -> Image.Image:
     """Resize a picture as planned and pad it with white to whole tiles."""
+    top, left = plan.offset
+    canvas = Image.new("RGB", plan.padded[::-1], "white")
+    canvas.paste(resize_picture(image, plan), (left, top))
+    return canvas
+
+
+def resize_picture(image: Image.Image, plan: TilePlan) -> Image.Image:
+    """Resize a picture as planned; one that has that size already stays as it is."""
     image = to_rgb(image)
     height, width = plan.resized
     if plan.transposed:  # PIL resizes the width first; as on its side, the height is resized before it
         image = image.resize((image.width, height), Image.Resampling.BILINEAR)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    top, left = plan.offset
-    canvas = Image.new("RGB", plan.padded[::-1], "white")
-    canvas.paste(image, (left, top))
-    return canvas
+    return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def square_picture(image: Image.Image, side: int) -> Image.Image:

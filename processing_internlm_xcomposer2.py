@@ -398,9 +398,12 @@ class InternLMXComposer2Processor(ProcessorMixin):
             place_images(text, len(row), version=self.version) for text, row in zip(bare, media, strict=True)
         ]
         sampling = {name: sampling[name] for name in ("fps", "num_frames")}
-        visuals = [self.image_processor.load(row, access=self.access, **sampling) for row in media]
         hd_num = options["images_kwargs"]["hd_num"]
-        budgets = [hd_num or self.image_processor.default_hd_num(len(row)) for row in visuals]
+        budgets = [hd_num or self.image_processor.default_hd_num(len(row)) for row in media]
+        visuals = [
+            self.image_processor.load(row, access=self.access, hd_num=budget, **sampling)
+            for row, budget in zip(media, budgets, strict=True)
+        ]
         lengths = [count_tokens(self.image_processor, *row) for row in zip(visuals, budgets, strict=True)]
         with_bos = [text_options["add_special_tokens"] or text.startswith(bos) for text in texts]
         rows = [self._encode(*row) for row in zip(pieces, lengths, with_bos, strict=True)]

@@ -20,6 +20,7 @@ from .image_processing_internlm_xcomposer2 import (
     count_tokens,
     default_hd_num,
     load_media,
+    num_visuals,
     prepare_visuals,
 )
 from .ixc_utils import Font, check_hd_num
@@ -339,7 +340,8 @@ def plan_chat(
         ids = text_only_ids(tokenizer, text)
         check_length(len(ids), [], context_length(config))
         return ChatPrompt(ids, [False] * len(ids), penalise_prompt=True)
-    visuals = as_visuals(image, config, fps=fps, num_frames=num_frames)
+    hd_num = default_hd_num(config, num_visuals(image)) if hd_num is None else hd_num
+    visuals = as_visuals(image, config, fps=fps, num_frames=num_frames, hd_num=hd_num)
     return _plan(config, tokenizer, text, visuals, hd_num, bos_rule=config.version)
 
 

@@ -13,7 +13,7 @@ from internlm_xcomposer2 import bounds_internlm_xcomposer2 as bounds
 from internlm_xcomposer2 import media_internlm_xcomposer2 as media
 from internlm_xcomposer2 import video_internlm_xcomposer2 as video
 from internlm_xcomposer2.bounds_internlm_xcomposer2 import PIXELS_VARIABLE
-from internlm_xcomposer2.image_processing_internlm_xcomposer2 import as_visuals
+from internlm_xcomposer2.image_processing_internlm_xcomposer2 import Visual, as_visuals, load_media
 from internlm_xcomposer2.ixc_utils import (
     TILE_RULES,
     composite_frames,
@@ -22,11 +22,23 @@ from internlm_xcomposer2.ixc_utils import (
     shrink_frame,
     tile_picture,
 )
-from internlm_xcomposer2.media_internlm_xcomposer2 import image_size, load_image, load_video, plan_frames
+from internlm_xcomposer2.media_internlm_xcomposer2 import (
+    Medium,
+    image_size,
+    load_image,
+    load_video,
+    plan_frames,
+)
 from PIL import Image
 
 INPUTS = golden_directory() / "inputs"
 VIDEO = INPUTS / "wide_6s.mp4"
+
+
+class Config:
+    """What the loading of media asks a configuration for."""
+
+    version, img_size, hd_num, is_tiled = "2.5", 28, 4, True
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -264,15 +276,43 @@ def test_frames_scaled_down_on_reading_give_the_same_bits(sizes):
     assert [shrink_frame(frame, tile_size=28) for frame in small] == small
 
 
+# ---- prompts of several pictures ----
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 200), st.integers(1, 200), st.sampled_from(["2", "2-4khd", "2.5"]), st.integers(1, 9))
+def test_pictures_kept_as_small_as_needed_are_cut_into_the_same_bits(height, width, version, hd_num):
+    class Config:
+        img_size, tile_tokens_per_side, is_tiled = 28, 1, version != "2"
+
+    Config.version = version
+    image = Image.effect_noise((width, height), 90).convert("RGB")
+    visual = Visual(image=image)
+    small = visual.resized(Config, hd_num)
+    most = (hd_num if Config.is_tiled else 1) * 28 * 28
+    assert small is visual or small.image.width * small.image.height <= min(most, width * height)
+    for budget in range(1, 10):
+        assert small.grid(Config, budget) == visual.grid(Config, budget)
+    before, after = (one.prepare(Config, hd_num, None) for one in (visual, small))
+    assert before.grid == after.grid and before.pixel_values.equal(after.pixel_values)
+
+
+def test_a_prompt_has_a_limit_of_its_own(monkeypatch):
+    pictures = [encoded(Image.new("L", (20, 20)), "PNG")] * 3
+    monkeypatch.setenv(PIXELS_VARIABLE, "400")
+    assert len(as_visuals(pictures, Config)) == 3
+    monkeypatch.setattr(bounds, "PROMPT_PICTURES", 2)
+    for read in (
+        lambda: as_visuals(pictures, Config),
+        lambda: load_media([Medium(False, picture) for picture in pictures], Config),
+    ):
+        with pytest.raises(ValueError, match="more than 800 px in all"):
+            read()
+
+
 # ---- videos ----
 
 av = pytest.importorskip("av")
-
-
-class Config:
-    """What the loading of a video asks a configuration for."""
-
-    version, img_size, hd_num, is_tiled = "2.5", 28, 4, True
 
 
 def test_frames_are_kept_as_large_as_they_are_shown():
