@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from .configuration_internlm_xcomposer import InternLMXComposerConfig
 from .configuration_internlm_xcomposer2 import (
     MODEL_CLASSES,
     PUBLISHED_MODEL_TYPES,
@@ -37,12 +38,13 @@ from .image_processing_internlm_xcomposer2 import InternLMXComposer2ImageProcess
 from .ixc_utils import draw_boxes, parse_boxes
 from .llamacpp.model import from_gguf
 from .modeling_internlm2 import InternLM2Model
+from .modeling_internlm_xcomposer import InternLMXComposerForCausalLM
 from .modeling_internlm_xcomposer2 import (
     InternLMXComposer2ForCausalLM,
     InternLMXComposer2ForSequenceClassification,
 )
 from .processing_internlm_xcomposer2 import InternLMXComposer2Processor
-from .tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
+from .tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer, InternLMXComposerTokenizer
 
 __all__ = [
     "InternLM2Model",
@@ -51,6 +53,9 @@ __all__ = [
     "InternLMXComposer2ImageProcessor",
     "InternLMXComposer2Processor",
     "InternLMXComposer2Tokenizer",
+    "InternLMXComposerConfig",
+    "InternLMXComposerForCausalLM",
+    "InternLMXComposerTokenizer",
     "InternLMXcomposer2Config",
     "InternLMXcomposer2TextConfig",
     "draw_boxes",
@@ -60,14 +65,20 @@ __all__ = [
 
 
 def _register() -> None:
-    config_class = InternLMXcomposer2Config
+    second, first = InternLMXcomposer2Config, InternLMXComposerConfig
+    _register_classes(second, InternLMXComposer2ForCausalLM, InternLMXComposer2Tokenizer)
+    _register_classes(first, InternLMXComposerForCausalLM, InternLMXComposerTokenizer)
+    AutoModelForSequenceClassification.register(
+        second, InternLMXComposer2ForSequenceClassification, exist_ok=True
+    )
+
+
+def _register_classes(config_class: type, model_class: type, tokenizer_class: type) -> None:
+    """Let the Auto classes find those of one generation; it shares the processors with the other."""
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for name in MODEL_CLASSES:
-        getattr(transformers, name).register(config_class, InternLMXComposer2ForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(
-        config_class, InternLMXComposer2ForSequenceClassification, exist_ok=True
-    )
-    AutoTokenizer.register(config_class, slow_tokenizer_class=InternLMXComposer2Tokenizer, exist_ok=True)
+        getattr(transformers, name).register(config_class, model_class, exist_ok=True)
+    AutoTokenizer.register(config_class, slow_tokenizer_class=tokenizer_class, exist_ok=True)
     AutoImageProcessor.register(
         config_class, image_processor_classes={"pil": InternLMXComposer2ImageProcessor}, exist_ok=True
     )

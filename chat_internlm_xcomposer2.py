@@ -27,6 +27,7 @@ from .prompt_internlm_xcomposer2 import (
     stop_token_ids,
     system_text,
 )
+from .tokenization_internlm_xcomposer2 import END_OF_TURN
 
 UNFINISHED = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 
@@ -83,7 +84,10 @@ class ChatStream(Iterator[str]):
     Attributes:
         response: the answer so far.
         history: the turns with this one added; at the end it is complete, with its keys and values.
+        end: the mark that ends an answer, which is never shown.
     """
+
+    end = END_OF_TURN
 
     def __init__(
         self,
@@ -100,7 +104,11 @@ class ChatStream(Iterator[str]):
 
     @property
     def history(self) -> ChatHistory:
-        return ChatHistory([*self._turns, (self._query, self.response)], self._kept)
+        return ChatHistory([*self._turns, self._turn()], self._kept)
+
+    def _turn(self):
+        """The turn that this stream adds to the history."""
+        return self._query, self.response
 
     def __next__(self) -> str:
         if self._thread is None and not self._is_closed:
@@ -113,7 +121,7 @@ class ChatStream(Iterator[str]):
                 self.close()
                 self._kept.result()  # raises here whatever was raised there
                 break
-            response = cut_response(self.response + text)
+            response = cut_response(self.response + text, self.end)
             piece, self.response = response[len(self.response) :], response
             if piece:
                 return piece
@@ -353,7 +361,10 @@ class ChatMixin:
         )
         earlier = getattr(history, "prompt_cache", None)
         return ChatStream(
-            writer, lambda: self._answer([prompt], settings, earlier, keep=reuse)[1], query, turns
+            writer,
+            lambda: self._answer([prompt], settings, earlier, keep=reuse)[1],
+            query,
+            turns,
         )
 
     def stream_chat(

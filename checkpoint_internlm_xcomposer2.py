@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -22,9 +22,11 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
+from .configuration_internlm_xcomposer import MODEL_TYPE, InternLMXComposerConfig, is_first_generation
 from .configuration_internlm_xcomposer2 import (
     ADAPTERS_OF_MODE,
     AttentionHeadsError,
+    CheckpointConfig,
     InternLMXcomposer2Config,
     published_name,
 )
@@ -44,6 +46,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 QUANTIZE_CONFIG = "quantize_config.json"
 MAX_SHARDS = 10_000
 _NAMES_IN_MESSAGE = 100
+NEVER = r"(?!)"  # a pattern that nothing matches
 _NUMBERED = re.compile(r"model-\d+-of-\d+\.safetensors|pytorch_model-\d+-of-\d+\.bin")
 
 # What safetensors calls the types of its tensors.
@@ -98,19 +101,26 @@ class TensorHeader:
         return self.num_elements * self.dtype.itemsize
 
 
-def checkpoint_config(source: str | os.PathLike, **hub_arguments) -> InternLMXcomposer2Config:
+def checkpoint_config(source: str | os.PathLike, **hub_arguments) -> CheckpointConfig:
     """The configuration of a checkpoint, with the sizes and version of its weights if it has any.
 
     Raises:
         OSError: there is no `config.json`.
         ValueError: it describes another model.
     """
-    config = InternLMXcomposer2Config.from_pretrained(source, **hub_arguments)
+    fields, _ = CheckpointConfig.get_config_dict(source, **hub_arguments)
+    config = config_class_of(fields).from_pretrained(source, **hub_arguments)
     try:
         headers = checkpoint_headers(source, **hub_arguments)
     except FileNotFoundError:
         return config
     return config.complete_from_shapes(shapes_of(headers))
+
+
+def config_class_of(fields: Mapping[str, object], names: Collection[str] = ()) -> type[CheckpointConfig]:
+    """The class of a checkpoint's configuration, by its `config.json` or the names of its tensors."""
+    is_first = fields.get("model_type") == MODEL_TYPE or is_first_generation(names)
+    return InternLMXComposerConfig if is_first else InternLMXcomposer2Config
 
 
 def has_file(source: str | os.PathLike, name: str, **hub_arguments) -> bool:
@@ -480,9 +490,13 @@ def check_tensors(
     if getattr(model.config, "quantization_config", None) is not None:
         return  # names and shapes are those of the quantiser
     biases = {f"{linear}.bias" for linear in packing.linears} if packing is not None else ()
-    given = {published_name(name): shape for name, shape in shapes.items() if name not in biases}
+    given = {
+        published_name(name): shape
+        for name, shape in shapes.items()
+        if name not in biases or published_name(name) in expected
+    }
     optional, ignored = (
-        re.compile("|".join(patterns))
+        re.compile("|".join(patterns or [NEVER]))
         for patterns in (model._keys_to_ignore_on_load_missing, model._keys_to_ignore_on_load_unexpected)
     )
     wrong = [
@@ -525,7 +539,7 @@ def choose_adapters(config: InternLMXcomposer2Config, modes: Sequence[str] | Non
         ValueError: there is no such mode, or the checkpoint lacks its adapters.
         TypeError: the modes are not a sequence of names.
     """
-    found = config.text_config.task_adapters
+    found = getattr(config.text_config, "task_adapters", {})
     if modes is None:
         return []
     if isinstance(modes, str) or not all(isinstance(mode, str) for mode in modes):

@@ -80,8 +80,13 @@ class Version:
     reads_videos: bool = False
 
 
+# Version 1.0 has a configuration and a model of its own; it shares how pictures are cut, and how prompts,
+# histories and answers are handled.
+FIRST_GENERATION = "1.0"
+
 # From model cards, state dicts and the published code.
 VERSIONS = {
+    FIRST_GENERATION: Version(image_size=224, layout="square", hd_num=1, max_length=2048),
     "2": Version(image_size=490, layout="square", hd_num=1, max_length=4096),
     "2-4khd": Version(
         image_size=336, layout="always", hd_num=25, max_length=16384, plora_wqkv_rank=8, plora_wqkv_alpha=16
@@ -154,11 +159,12 @@ def check_infer_mode(infer_mode: str, config: "InternLMXcomposer2TextConfig") ->
     """Raise `ValueError` for an unknown mode, or one whose adapters the checkpoint lacks."""
     if not isinstance(infer_mode, str) or infer_mode not in ADAPTERS_OF_MODE:
         raise ValueError(f"unknown infer_mode {infer_mode!r}; choose one of {', '.join(ADAPTERS_OF_MODE)}")
-    lacking = [name for name in ADAPTERS_OF_MODE[infer_mode] if name not in config.task_adapters]
+    adapters = getattr(config, "task_adapters", {})
+    lacking = [name for name in ADAPTERS_OF_MODE[infer_mode] if name not in adapters]
     if lacking:
         raise ValueError(
             f"infer_mode {infer_mode!r} needs the adapters {', '.join(lacking)}, but this model has "
-            f"{', '.join(config.task_adapters) or 'none'}; use infer_mode='base', or load "
+            f"{', '.join(adapters) or 'none'}; use infer_mode='base', or load "
             f"InternLM-XComposer2.5-7B without the adapters argument or with {infer_mode!r} in it"
         )
 
@@ -309,7 +315,44 @@ def _rope_parameters(scaling: dict | None, theta: float) -> dict:
     return {"rope_theta": theta, **parameters, "rope_type": rope_type}
 
 
-class InternLMXcomposer2Config(PreTrainedConfig):
+class CheckpointConfig(PreTrainedConfig):
+    """What the configurations of both generations have in common: how their files are read.
+
+    Attributes:
+        field_kinds: what the fields of a file must be.
+    """
+
+    field_kinds = CONFIG_KINDS
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Like the base class.
+
+        Raises:
+            OSError: there is no `config.json`.
+            ValueError: it can't be read, or a field is wrong; names the file and the field.
+        """
+        source = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        file = os.path.join(source, CONFIG_NAME) if os.path.isdir(source) else source
+        with blaming(file):
+            if kwargs.get("gguf_file") is None and is_file(file):
+                check_fields(read_fields(file), cls.field_kinds)
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Like the base class, but only the caller can choose the attention implementation, not the file.
+
+        Published files ask for `flash_attention_2`, which would make every load without a GPU fail. And
+        `quantization_config=None` means that the caller has none; it would hide how the weights are stored.
+        """
+        if kwargs.get("quantization_config", ...) is None:
+            del kwargs["quantization_config"]
+        config_dict = {key: value for key, value in config_dict.items() if key not in CALLER_ONLY}
+        return super().from_dict(config_dict, **kwargs)
+
+
+class InternLMXcomposer2Config(CheckpointConfig):
     """A whole checkpoint: decoder, vision tower, and how pictures become tokens.
 
     Accepts the nested form (`text_config`, `vision_config`) and the published flat one, whose text fields it
@@ -356,8 +399,9 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         if isinstance(says := kwargs.get("quantization_config"), dict):
             check_fields(says, QUANTIZATION_KINDS, "quantization_config.")
         self.version = version or _guess_version(img_size, kwargs)
-        if self.version not in VERSIONS:
-            raise ValueError(f"unknown version {self.version!r}; this package knows {', '.join(VERSIONS)}")
+        known = [name for name in VERSIONS if name != FIRST_GENERATION]
+        if self.version not in known:
+            raise ValueError(f"unknown version {self.version!r}; this package knows {', '.join(known)}")
         defaults = VERSIONS[self.version]
         self.text_config = _text_config(text_config, kwargs, defaults)
         self.vision_config = _vision_config(vision_config, img_size, defaults)
@@ -375,39 +419,12 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         super().__init__(**{name: getattr(self.text_config, name) for name in forwarded}, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """Like the base class.
-
-        Raises:
-            OSError: there is no `config.json`.
-            ValueError: it can't be read, or a field is wrong; names the file and the field.
-        """
-        source = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        file = os.path.join(source, CONFIG_NAME) if os.path.isdir(source) else source
-        with blaming(file):
-            if kwargs.get("gguf_file") is None and is_file(file):
-                check_fields(read_fields(file), CONFIG_KINDS)
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
         """Like the base class, but reads the model types of published files as ours."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if config_dict.get("model_type") in PUBLISHED_MODEL_TYPES:
             config_dict["model_type"] = cls.model_type
         return config_dict, kwargs
-
-    @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
-        """Like the base class, but only the caller can choose the attention implementation, not the file.
-
-        Published files ask for `flash_attention_2`, which would make every load without a GPU fail. And
-        `quantization_config=None` means that the caller has none; it would hide how the weights are stored.
-        """
-        if kwargs.get("quantization_config", ...) is None:
-            del kwargs["quantization_config"]
-        config_dict = {key: value for key, value in config_dict.items() if key not in _CALLER_ONLY}
-        return super().from_dict(config_dict, **kwargs)
 
     def _check(self) -> None:
         check_fields(vars(self), CONFIG_KINDS)
@@ -474,7 +491,7 @@ class InternLMXcomposer2Config(PreTrainedConfig):
         return _complete(self, WeightShapes(shapes))
 
 
-def _forwarded(name: str) -> property:
+def forwarded(name: str) -> property:
     """A field that lives in `text_config`, readable and settable on the outer configuration."""
 
     def read(self):
@@ -515,13 +532,13 @@ _TEXT_FIELDS = (
 )
 # And what only the text configuration's constructor can read.
 _TEXT_ARGUMENTS = (*_TEXT_FIELDS, "rope_scaling")
-_CALLER_ONLY = (
+CALLER_ONLY = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 )
 
 for _name in _TEXT_FIELDS:
-    setattr(InternLMXcomposer2Config, _name, _forwarded(_name))
+    setattr(InternLMXcomposer2Config, _name, forwarded(_name))
 
 
 def _guess_version(img_size: int | None, fields: dict) -> str:
@@ -552,7 +569,7 @@ def _vision_config(given: dict | PreTrainedConfig | None, img_size: int | None, 
 def _own_fields(given: dict | PreTrainedConfig) -> dict:
     """The fields of a part, without those that only the caller may choose."""
     given = given.to_dict() if isinstance(given, PreTrainedConfig) else given
-    return {name: value for name, value in given.items() if name not in _CALLER_ONLY}
+    return {name: value for name, value in given.items() if name not in CALLER_ONLY}
 
 
 # ---- names ----
@@ -584,6 +601,8 @@ def is_reward(names: Collection[str]) -> bool:
 class WeightShapes:
     """Shapes by name, regardless of whether a linear is stored plain, wrapped (`.linear`) or quantised."""
 
+    family = "InternLM-XComposer2"
+
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         plain = {name: s for name, s in shapes.items() if f"{name}.absmax" not in shapes}  # not bitsandbytes'
         self.shapes = {published_name(name): tuple(shape) for name, shape in plain.items()}
@@ -591,7 +610,7 @@ class WeightShapes:
     def __getitem__(self, name: str) -> tuple[int, ...]:
         if name not in self.shapes:
             raise ValueError(
-                f"this is not an InternLM-XComposer2 checkpoint: its {len(self.shapes)} tensors lack {name!r}"
+                f"this is not an {self.family} checkpoint: its {len(self.shapes)} tensors lack {name!r}"
             )
         return self.shapes[name]
 
@@ -714,8 +733,8 @@ def _rank_and_alpha(rank: int, alpha: float, found: int, default_scale: float) -
 _CONFIG = "configuration_internlm_xcomposer2.InternLMXcomposer2Config"
 _MODEL = "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM"
 _REWARD = "modeling_internlm_xcomposer2.InternLMXComposer2ForSequenceClassification"
-_PROCESSOR = "processing_internlm_xcomposer2.InternLMXComposer2Processor"
-_IMAGE_PROCESSOR = "image_processing_internlm_xcomposer2.InternLMXComposer2ImageProcessor"
+PROCESSOR = "processing_internlm_xcomposer2.InternLMXComposer2Processor"
+IMAGE_PROCESSOR = "image_processing_internlm_xcomposer2.InternLMXComposer2ImageProcessor"
 _TOKENIZER = "tokenization_internlm_xcomposer2.InternLMXComposer2Tokenizer"
 
 MODEL_CLASSES = (
@@ -730,12 +749,12 @@ CONFIG_AUTO_MAP = {
     "AutoConfig": _CONFIG,
     **dict.fromkeys(MODEL_CLASSES, _MODEL),
     "AutoModelForSequenceClassification": _REWARD,
-    "AutoProcessor": _PROCESSOR,
+    "AutoProcessor": PROCESSOR,
 }
 REWARD_AUTO_MAP = {**CONFIG_AUTO_MAP, **dict.fromkeys(MODEL_CLASSES, _REWARD)}
-PROCESSOR_AUTO_MAP = {"AutoProcessor": _PROCESSOR}
-IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": _IMAGE_PROCESSOR, "AutoProcessor": _PROCESSOR}
-TOKENIZER_AUTO_MAP = {"AutoTokenizer": [_TOKENIZER, None], "AutoProcessor": _PROCESSOR}
+PROCESSOR_AUTO_MAP = {"AutoProcessor": PROCESSOR}
+IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": IMAGE_PROCESSOR, "AutoProcessor": PROCESSOR}
+TOKENIZER_AUTO_MAP = {"AutoTokenizer": [_TOKENIZER, None], "AutoProcessor": PROCESSOR}
 
 # Pipelines and `transformers serve` recognise models that read pictures only by these tables of model types.
 for _table in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):

@@ -166,7 +166,7 @@ class GenerateMixin:
         if inputs_embeds is not None and is_empty and input_ids.shape[1] > inputs_embeds.shape[1]:
             # In assisted generation the candidates already follow the prompt.
             num_candidates = input_ids.shape[1] - inputs_embeds.shape[1]
-            candidates = self.model.tok_embeddings(input_ids[:, -num_candidates:])
+            candidates = self.get_input_embeddings()(input_ids[:, -num_candidates:])
             inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds.device)], dim=1)
             im_mask = None if im_mask is None else nn.functional.pad(im_mask, (0, num_candidates))
         if inputs_embeds is not None and not is_empty and kwargs.get("is_first_iteration"):
@@ -225,7 +225,7 @@ class GenerateMixin:
         elif inputs_embeds is not None and ids is None:
             if is_assisted(kwargs):
                 raise ValueError("assisted generation guesses from ids; pass input_ids with inputs_embeds")
-            ids, kwargs = self._published_generate_arguments(inputs_embeds, kwargs)
+            ids, kwargs = published_arguments(self, inputs_embeds, kwargs)
         if im_mask is not None and inputs_embeds is not None:
             check_image_mask(im_mask, inputs_embeds)
         if im_mask is not None:
@@ -277,7 +277,7 @@ class GenerateMixin:
         if num_copies(self, kwargs) == 1 or not takes_our_cache(self, {**kwargs, CACHE: None}):
             return kwargs
         if embeds is None and ids is not None:
-            embeds = self.model.tok_embeddings(ids.to(self.input_device))
+            embeds = self.get_input_embeddings()(ids.to(self.input_device))
         if embeds is None or not ends_in_text(embeds, mask, im_mask):
             return kwargs
         if not prefills_before_copies(self, kwargs, embeds.shape[1]):
@@ -290,23 +290,25 @@ class GenerateMixin:
             begun["inputs_embeds"] = None
         return {**kwargs, **begun, "attention_mask": mask}
 
-    def _published_generate_arguments(self, inputs_embeds: Tensor, kwargs: dict) -> tuple[Tensor, dict]:
-        """The BOS column that sequences used to begin with, and the current form of old arguments."""
-        kwargs = dict(kwargs)
-        batch, length = inputs_embeds.shape[:2]
-        bos = kwargs.get("bos_token_id") or self.config.text_config.bos_token_id
-        if kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = torch.ones(
-                batch, length, dtype=torch.long, device=inputs_embeds.device
-            )
-        max_length = kwargs.pop("max_length", None)
-        if max_length is not None and kwargs.get("max_new_tokens") is None:
-            kwargs["max_new_tokens"] = max(1, max_length - 1)
-        penalty = setting(self, kwargs, "repetition_penalty") or 1.0
-        if penalty != 1.0 and not torch.as_tensor(kwargs["attention_mask"]).all():
-            # The library's own penalty skips as many new tokens as a row has padding.
-            kwargs |= _with_processor(RowPenalty(penalty, [[]] * batch), kwargs)
-        return torch.full((batch, 1), bos, device=inputs_embeds.device), kwargs
+
+# ---- prompts of the published code ----
+
+
+def published_arguments(model: nn.Module, inputs_embeds: Tensor, kwargs: dict) -> tuple[Tensor, dict]:
+    """The BOS column that sequences used to begin with, and the current form of old arguments."""
+    kwargs = dict(kwargs)
+    batch, length = inputs_embeds.shape[:2]
+    bos = kwargs.get("bos_token_id") or model.config.get_text_config().bos_token_id
+    if kwargs.get("attention_mask") is None:
+        kwargs["attention_mask"] = torch.ones(batch, length, dtype=torch.long, device=inputs_embeds.device)
+    max_length = kwargs.pop("max_length", None)
+    if max_length is not None and kwargs.get("max_new_tokens") is None:
+        kwargs["max_new_tokens"] = max(1, max_length - 1)
+    penalty = setting(model, kwargs, "repetition_penalty") or 1.0
+    if penalty != 1.0 and not torch.as_tensor(kwargs["attention_mask"]).all():
+        # The library's own penalty skips as many new tokens as a row has padding.
+        kwargs |= _with_processor(RowPenalty(penalty, [[]] * batch), kwargs)
+    return torch.full((batch, 1), bos, device=inputs_embeds.device), kwargs
 
 
 # ---- prompts that are copied ----
@@ -395,8 +397,10 @@ def prefill_before_copies(model: nn.Module, begun: dict, attention_mask: Tensor 
     """
     embeds, im_mask, cache = begun["inputs_embeds"], begun["im_mask"], begun[CACHE]
     if embeds.shape[1] > 1:
-        model.model(
-            inputs_embeds=embeds[:, :-1],
+        model.run_decoder(
+            None,
+            embeds[:, :-1],
+            for_loss=False,
             attention_mask=None if attention_mask is None else attention_mask[:, :-1],
             cache=cache,
             im_mask=None if im_mask is None else im_mask[:, :-1],
@@ -459,7 +463,7 @@ def same_draws(model: nn.Module) -> Iterator[None]:
     if model.num_processes == 1:
         yield
         return
-    mesh = model.output.weight.device_mesh
+    mesh = model.get_output_embeddings().weight.device_mesh
     group = mesh.get_group("tp") if "tp" in (mesh.mesh_dim_names or ()) else mesh.get_group()
     seed = torch.randint(2**63 - 1, (1,)).to(model.input_device)
     torch.distributed.broadcast(seed, group=group, group_src=0)

@@ -200,7 +200,8 @@ class PictureMemo:
 
 @dataclass(frozen=True)
 class Visual:
-    """One picture (`image`), the frames of one video (`frames`), or pixels already normalised (`pixels`).
+    """One picture (`image`), the frames of one video (`frames`), pixels already normalised (`pixels`), or
+    rows already encoded (`embeds`), which have no grid and aren't prepared.
 
     A picture is cut by the rule of the version, or by another of `TILE_RULES` (`layout`). With a `memo`, it
     is encoded only once for several prompts. One that is resized already keeps the `size` that it had.
@@ -210,6 +211,7 @@ class Visual:
     frames: tuple[Image.Image, ...] = ()
     pixels: Tensor | None = None  # (3, height, width)
     layout: str | None = None
+    embeds: Tensor | None = None  # (tokens, hidden)
     memo: PictureMemo | None = field(default=None, compare=False)
     size: Size | None = None
 
@@ -239,10 +241,11 @@ class Visual:
     def identity(self, config, hd_num: int, font: Font | None) -> Hashable:
         """Equal for pictures that `prepare` turns into the same, and practically never for others."""
         digest = hashlib.blake2b(digest_size=16)
-        if self.pixels is not None:
-            pixels = self.pixels.detach().float().cpu().contiguous()
-            digest.update(pixels.numpy())
-            return "pixels", tuple(pixels.shape), digest.digest()
+        for kind, tensor in (("pixels", self.pixels), ("embeds", self.embeds)):
+            if tensor is not None:
+                values = tensor.detach().float().cpu().contiguous()
+                digest.update(values.numpy())
+                return kind, tuple(values.shape), digest.digest()
         for image in self.frames or (self.image,):
             digest.update(f"{image.mode} {image.size}".encode())
             digest.update(image.tobytes())
@@ -285,11 +288,16 @@ def default_hd_num(config, num_visuals: int) -> int:
 
 def count_tokens(config, visuals: Sequence[Visual], hd_num: int) -> list[int]:
     """How many image tokens each picture or video takes, from the plan that `prepare` follows."""
-    return [tokens_of_grid(config, visual.grid(config, hd_num)) for visual in visuals]
+    return [
+        tokens_of_grid(config, visual.grid(config, hd_num)) if visual.embeds is None else len(visual.embeds)
+        for visual in visuals
+    ]
 
 
 def tokens_of_grid(config, grid: tuple[int, int]) -> int:
     """How many image tokens a picture takes if its local tiles form this grid (1 x 1 for a square)."""
+    if (resampled := getattr(config, "tokens_per_square", None)) is not None:
+        return resampled
     return num_image_tokens(*grid, config.tile_tokens_per_side, is_tiled=config.is_tiled)
 
 
@@ -475,10 +483,11 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
     """Cuts pictures into the tiles or the square that a checkpoint reads. Needs no torchvision.
 
     Args:
-        version: `"2"` (one square), `"2-4khd"` or `"2.5"` (tiles, and in 2.5 videos).
+        version: `"1.0"` or `"2"` (one square), `"2-4khd"` or `"2.5"` (tiles, and in 2.5 videos).
         img_size: side of a square or tile in pixels.
         tile_tokens_per_side: side, in tokens, of what one square or tile becomes.
         hd_num: how many local tiles a picture may be cut into if the caller gives no number.
+        tokens_per_square: tokens of a square whose patches are resampled (version `"1.0"`).
 
     Raises:
         ValueError, TypeError: the version is unknown, or a number is invalid.
@@ -492,6 +501,7 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
         img_size: int = 560,
         tile_tokens_per_side: int = 20,
         hd_num: int = 24,
+        tokens_per_square: int | None = None,
         **kwargs,
     ) -> None:
         given = {"version": version, "img_size": img_size, "tile_tokens_per_side": tile_tokens_per_side}
@@ -503,11 +513,14 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
         self.img_size = img_size
         self.tile_tokens_per_side = tile_tokens_per_side
         self.hd_num = check_hd_num(hd_num)
+        if tokens_per_square is not None:
+            self.tokens_per_square = tokens_per_square
 
     @classmethod
     def for_config(cls, config) -> "InternLMXComposer2ImageProcessor":
         """The image processor of a checkpoint, by its configuration."""
-        return cls(config.version, config.img_size, config.tile_tokens_per_side, config.hd_num)
+        sizes = config.version, config.img_size, config.tile_tokens_per_side, config.hd_num
+        return cls(*sizes, getattr(config, "tokens_per_square", None))
 
     @classmethod
     def from_pretrained(
@@ -532,7 +545,7 @@ class InternLMXComposer2ImageProcessor(BaseImageProcessor):
     @property
     def is_tiled(self) -> bool:
         """Whether pictures are a global view plus local tiles."""
-        return self.version != "2"
+        return VERSIONS[self.version].layout != SQUARE
 
     def preprocess(
         self,

@@ -20,7 +20,7 @@ from .checkpoint_internlm_xcomposer2 import (
     has_file,
     hub_arguments_in,
 )
-from .configuration_internlm_xcomposer2 import PROCESSOR_AUTO_MAP
+from .configuration_internlm_xcomposer2 import FIRST_GENERATION, PROCESSOR_AUTO_MAP
 from .files_internlm_xcomposer2 import PROCESSOR_FILES, TOKENIZER_FILES, blaming
 from .image_processing_internlm_xcomposer2 import (
     InternLMXComposer2ImageProcessor,
@@ -32,12 +32,14 @@ from .image_processing_internlm_xcomposer2 import (
 from .ixc_utils import check_hd_num
 from .media_internlm_xcomposer2 import MAX_FRAMES, Medium
 from .prompt_internlm_xcomposer2 import (
+    FIRST_META_INSTRUCTION,
     META_INSTRUCTION,
     check_characters,
     check_length,
     context_length,
     count_prompt,
     encode_prompt,
+    format_first_system,
     format_turn,
     pair_media,
     place_images,
@@ -46,11 +48,12 @@ from .prompt_internlm_xcomposer2 import (
     split_conversations,
 )
 from .tokenization_internlm_xcomposer2 import (
-    END_OF_TURN,
+    FIRST_TURNS_TEMPLATE,
     IMAGE_MARK,
     TURNS_TEMPLATE,
     VIDEO_MARK,
     check_markup_options,
+    end_mark,
     markup_of,
 )
 
@@ -164,12 +167,17 @@ def default_template(version: str) -> str:
     `use_meta` switches that text on or off; a system message of the conversation takes its place.
     """
     wanted = "use_meta is defined and use_meta" if version == "2.5" else "use_meta is not defined or use_meta"
-    system = format_turn("system", META_INSTRUCTION).replace("\n", "\\n")
+    is_first = version == FIRST_GENERATION
+    system = (
+        format_first_system(FIRST_META_INSTRUCTION) if is_first else format_turn("system", META_INSTRUCTION)
+    )
+    system = system.replace("\n", "\\n")
+    turns = FIRST_TURNS_TEMPLATE if is_first else TURNS_TEMPLATE
     return (
         "{{- bos_token }}"
         "{%- if (" + wanted + ") and messages[0]['role'] != 'system' %}"
         "{{- '" + system + "' }}"
-        "{%- endif %}" + TURNS_TEMPLATE
+        "{%- endif %}" + turns
     )
 
 
@@ -258,7 +266,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
 
     @property
     def version(self) -> str:
-        """`"2"`, `"2-4khd"` or `"2.5"`."""
+        """`"1.0"`, `"2"`, `"2-4khd"` or `"2.5"`."""
         return self.image_processor.version
 
     # ---- texts and media to inputs ----
@@ -573,7 +581,7 @@ class InternLMXComposer2Processor(ProcessorMixin):
             return self.tokenizer.decode(rows, **kwargs)
         words = [token for token in rows if token != self.image_token_id]
         text = self.tokenizer.decode(words, skip_special_tokens=True, **kwargs)
-        return text.removesuffix(END_OF_TURN)
+        return text.removesuffix(end_mark(self.version))
 
     def batch_decode(self, sequences: Ids, skip_special_tokens: bool = False, **kwargs) -> list[str]:
         """`decode` for each of several sequences."""

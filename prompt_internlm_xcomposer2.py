@@ -37,9 +37,12 @@ from .tokenization_internlm_xcomposer2 import (
     END_OF_TURN,
     IMAGE_MARK,
     REWARD_MARK,
+    SYSTEM_END,
+    SYSTEM_OPENING,
     VIDEO_MARK,
     Markup,
     encode_text,
+    end_mark,
     markup_of,
 )
 
@@ -52,6 +55,15 @@ META_INSTRUCTION = (
     "user such as English and 中文.\n"
     "- InternLM-XComposer (浦语·灵笔) is capable of comprehending and articulating responses effectively "
     "based on the provided image."
+)
+
+# The published system text of the first generation, which its `chat` always uses.
+FIRST_META_INSTRUCTION = (
+    "You are an AI assistant whose name is 浦语.\n"
+    "- 浦语 is a conversational language model that is developed by Shanghai AI Laboratory "
+    "(上海人工智能实验室). It is designed to be helpful, honest, and harmless.\n"
+    "- 浦语 can understand and communicate fluently in the language chosen by the user such as English and "
+    "中文."
 )
 
 # Kinds of content that carry media: what they are, and the keys that may hold the source.
@@ -85,6 +97,11 @@ class PromptIds:
 def format_turn(role: str, text: str) -> str:
     """One whole turn with its markup."""
     return f"{BEGIN_OF_TURN}{role}\n{text}{END_OF_TURN}\n"
+
+
+def format_first_system(text: str) -> str:
+    """The system text of the first generation with what surrounds it."""
+    return f"{SYSTEM_OPENING}{text}{SYSTEM_END}"
 
 
 def format_prompt(
@@ -172,7 +189,7 @@ def encode_prompt(
 ) -> PromptIds:
     """Token ids of texts with pictures between them.
 
-    BOS goes once at the start in version 2.5, and before every non-empty text in 2 and 4KHD.
+    BOS goes once at the start in versions 1.0 and 2.5, and before every non-empty text in 2 and 4KHD.
 
     Args:
         texts: one more than there are pictures.
@@ -183,7 +200,7 @@ def encode_prompt(
     is_image: list[bool] = []
     for position, text in enumerate(texts):
         if text or position == 0:
-            with_bos = position == 0 if version == "2.5" else bool(text)
+            with_bos = position == 0 if version in ("1.0", "2.5") else bool(text)
             piece = encode_text(tokenizer, text, add_special_tokens=with_bos and add_bos)
             ids += piece
             is_image += [False] * len(piece)
@@ -193,9 +210,9 @@ def encode_prompt(
     return PromptIds(ids, is_image)
 
 
-def cut_response(text: str) -> str:
-    """The text before the end of the turn."""
-    return text.split(END_OF_TURN)[0]
+def cut_response(text: str, end: str = END_OF_TURN) -> str:
+    """The text before the mark that ends the turn."""
+    return text.split(end)[0]
 
 
 def check_turns(query: str, history: History | None) -> list[tuple[str, str]]:
@@ -440,8 +457,8 @@ def batch_inputs(
 
     Returns:
         `input_ids` (prompts, tokens), and if needed `attention_mask` and `im_mask` of the same shape,
-        `pixel_values` (tiles, 3, side, side) and `image_grid_hw` (pictures, 2), and `penalise_prompt`, a
-        list.
+        `pixel_values` (tiles, 3, side, side) and `image_grid_hw` (pictures, 2), or `image_features`, what the
+        tower made of each if that is known already, and `penalise_prompt`, a list.
     """
     longest = max(len(prompt.ids) for prompt in prompts)
     pads = [longest - len(prompt.ids) for prompt in prompts]
@@ -460,8 +477,11 @@ def batch_inputs(
     ]
     if wanted:
         visuals, budgets = zip(*wanted, strict=True)
-        names = ("pixel_values", "image_grid_hw")
-        inputs |= zip(names, prepare_visuals(visuals, config, budgets, font=font), strict=True)
+        if all(visual.embeds is not None for visual in visuals):
+            inputs["image_features"] = [visual.embeds for visual in visuals]
+        else:
+            names = ("pixel_values", "image_grid_hw")
+            inputs |= zip(names, prepare_visuals(visuals, config, budgets, font=font), strict=True)
     if any(prompt.visuals for prompt in prompts):
         masks = [[False] * pad + prompt.is_image for pad, prompt in zip(pads, prompts, strict=True)]
         inputs["im_mask"] = torch.tensor(masks, device=device)
@@ -491,12 +511,13 @@ def check_tokenizer(config: InternLMXcomposer2Config, tokenizer) -> None:
             f"the tokenizer has {len(tokenizer)} pieces but the model {rows}; load the tokenizer that "
             "comes with the checkpoint"
         )
-    end, expected = tokenizer.convert_tokens_to_ids(END_OF_TURN), config.end_token_id
+    mark = end_mark(config.version)
+    end, expected = tokenizer.convert_tokens_to_ids(mark), config.end_token_id
     if end in (None, tokenizer.unk_token_id):
-        raise ValueError(f"the tokenizer has no piece {END_OF_TURN}, which ends every turn of these models")
+        raise ValueError(f"the tokenizer has no piece {mark}, which ends every turn of these models")
     if expected < rows and end != expected:
         raise ValueError(
-            f"the tokenizer's id of {END_OF_TURN} is {end} but the model's is {expected}; load the "
+            f"the tokenizer's id of {mark} is {end} but the model's is {expected}; load the "
             "tokenizer that comes with the checkpoint"
         )
 

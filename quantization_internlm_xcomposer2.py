@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,26 +49,33 @@ FULL_PRECISION_MODULES = (
 # Where the quantisers' configurations keep the modules that they leave alone.
 _SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 
-_DECODER_LINEAR = re.compile(r"model\.layers\.\d+\..*\.linear")
+_DECODER_LINEAR = re.compile(r"(?:internlm_model\.)?model\.layers\.\d+\..*(?:\.linear|_proj)")
 
 
 def quantizer_argument(
-    config: QuantizationConfigMixin | dict | None, device_map: object = None
+    config: QuantizationConfigMixin | dict | None,
+    device_map: object = None,
+    skipped: Sequence[str] = FULL_PRECISION_MODULES,
 ) -> QuantizationConfigMixin | None:
     """What `from_pretrained` passes on for a caller's `quantization_config`, which is left unchanged.
+
+    Args:
+        skipped: the modules that stay as they are, in the patterns that transformers' quantisers understand.
 
     Raises:
         ValueError: the quantiser is unknown, or can't work on the device.
     """
     if config is None:
         return None
-    config = with_default_skips(config)
+    config = with_default_skips(config, skipped)
     check_quantizer_fits_device(config, device_map)
     return config
 
 
-def with_default_skips(config: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
-    """A copy of a quantiser's configuration that leaves `FULL_PRECISION_MODULES` alone too.
+def with_default_skips(
+    config: QuantizationConfigMixin | dict, skipped: Sequence[str] = FULL_PRECISION_MODULES
+) -> QuantizationConfigMixin:
+    """A copy of a quantiser's configuration that leaves these modules alone too.
 
     Raises:
         ValueError: transformers knows no such quantiser, or a dictionary doesn't say which it is.
@@ -77,7 +84,7 @@ def with_default_skips(config: QuantizationConfigMixin | dict) -> QuantizationCo
     for field in _SKIP_FIELDS:
         if hasattr(config, field):
             named = getattr(config, field) or []
-            added = [pattern for pattern in FULL_PRECISION_MODULES if pattern not in named]
+            added = [pattern for pattern in skipped if pattern not in named]
             setattr(config, field, [*named, *added])
     return config
 
@@ -260,7 +267,10 @@ class PackedLinear(KeepsTypes):
 
     Attributes:
         settled: the weight in the order of a kernel; `None` if it is as in the file.
+        keeps_bias: whether the bias is the model's; else it must be zero, and is dropped.
     """
+
+    keeps_bias = False
 
     def __init__(
         self,
@@ -505,7 +515,7 @@ def pack_linears(model: nn.Module, packing: Packing, shapes: Mapping[str, tuple[
         shapes: of the tensors in the file, by name.
     """
     for linear in packing.linears:
-        name = our_linear(linear)
+        name = our_linear(model, linear)
         plain = model.get_submodule(name)
         packed = PackedLinear(
             plain.in_features,
@@ -515,12 +525,14 @@ def pack_linears(model: nn.Module, packing: Packing, shapes: Mapping[str, tuple[
             has_index=f"{linear}.g_idx" in shapes,
             has_bias=f"{linear}.bias" in shapes,
         )
+        packed.keeps_bias = plain.bias is not None
         model.set_submodule(name, packed)
 
 
-def our_linear(name: str) -> str:
-    """The name of a plain linear in the model, from that in a file, `wqkv` or `wqkv.linear`."""
-    return f"{name.removesuffix('.linear')}.linear"
+def our_linear(model: nn.Module, name: str) -> str:
+    """The name of a plain linear in the model, from that in a file: `wqkv`, `wqkv.linear` or `q_proj`."""
+    owner = name.removesuffix(".linear")
+    return f"{owner}.linear" if hasattr(model.get_submodule(owner), "linear") else owner
 
 
 def settle_linears(model: nn.Module, headers: Mapping[str, TensorHeader]) -> None:
@@ -533,7 +545,8 @@ def settle_linears(model: nn.Module, headers: Mapping[str, TensorHeader]) -> Non
     Raises:
         ValueError: a bias isn't zero, or a group index is wrong; says whose.
     """
-    files = {our_linear(name.removesuffix(".qweight")): name for name in headers if name.endswith(".qweight")}
+    packed = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
+    files = {our_linear(model, name): f"{name}.qweight" for name in packed}
     for name, module in packed_linears(model):
         if module.qweight.device.type == "meta":
             continue
@@ -548,14 +561,14 @@ def settle_linears(model: nn.Module, headers: Mapping[str, TensorHeader]) -> Non
 
 
 def packed_linears(model: nn.Module) -> list[tuple[str, PackedLinear]]:
-    """The packed linears of a model by name, without a bias of zeros.
+    """The packed linears of a model by name, without a bias of zeros where the model has none.
 
     Raises:
         ValueError: a bias isn't zero; says whose.
     """
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     for name, module in found:
-        if module.bias is not None and module.bias.device.type != "meta":
+        if not module.keeps_bias and module.bias is not None and module.bias.device.type != "meta":
             if module.bias.any():
                 raise ValueError(f"the weights don't fit this model; tensors: 1 unexpected: {name}.bias")
             module.bias = None
@@ -611,6 +624,7 @@ def unpack_linears(model: nn.Module, dtype: torch.dtype) -> None:
             weight = module.unpack(dtype)
         plain = Linear(module.in_features, module.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(weight)
+        plain.bias = None if module.bias is None else nn.Parameter(module.bias.to(dtype))
         model.set_submodule(name, plain.train(module.training))
     vars(model).pop("_weight_conversions", None)  # the renamings that the packed file needed
 

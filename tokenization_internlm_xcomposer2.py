@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from shutil import copyfile
 
@@ -225,6 +225,9 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     model_input_names = ["input_ids", "attention_mask"]
+    # What turns are made of: every vocabulary of the class has these pieces.
+    markup = (BEGIN_OF_TURN, END_OF_TURN)
+    template = CHAT_TEMPLATE
 
     def __init__(
         self,
@@ -242,7 +245,7 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
     ):
         specials = (unk_token, bos_token, eos_token)
         self.vocab_file = _existing_file(vocab_file, kwargs.get("name_or_path"))
-        self.sp_model = _load_model(self.vocab_file, sp_model_kwargs or {}, specials)
+        self.sp_model = _load_model(self.vocab_file, sp_model_kwargs or {}, (*specials, *self.markup))
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
         self._stream_decoder: Tokenizer | None = None
@@ -255,7 +258,7 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
             add_bos_token=add_bos_token,
             add_eos_token=add_eos_token,
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-            chat_template=CHAT_TEMPLATE if chat_template is None else chat_template,
+            chat_template=self.template if chat_template is None else chat_template,
             **kwargs,
         )
 
@@ -281,7 +284,7 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
         """
         specials = tuple(kwargs.get(name) or default for name, default in SPECIAL_PIECES.items())
         vocab_file = _existing_file(kwargs.get("vocab_file"), kwargs.get("name_or_path"))
-        _load_model(vocab_file, kwargs.get("sp_model_kwargs") or {}, specials)
+        _load_model(vocab_file, kwargs.get("sp_model_kwargs") or {}, (*specials, *cls.markup))
         return kwargs
 
     @property
@@ -306,7 +309,7 @@ class InternLMXComposer2Tokenizer(PreTrainedTokenizer):
         It only decodes. The end of a turn is special in it, so that no stream shows it.
         """
         if self._stream_decoder is None or self._stream_decoder.get_vocab_size() != len(self):
-            self._stream_decoder = _decoder(self.get_vocab(), [*self.all_special_tokens, END_OF_TURN])
+            self._stream_decoder = _decoder(self.get_vocab(), [*self.all_special_tokens, self.markup[-1]])
         return self._stream_decoder
 
     def apply_chat_template(
@@ -452,7 +455,7 @@ def _existing_file(vocab_file: str | os.PathLike | None, source: str | None) -> 
 
 
 def _load_model(
-    vocab_file: str, options: dict[str, bool | int | float], specials: tuple[str | AddedToken, ...]
+    vocab_file: str, options: dict[str, bool | int | float], required: tuple[str | AddedToken, ...]
 ) -> sentencepiece.SentencePieceProcessor:
     check_fields({"sp_model_kwargs": options}, TOKENIZER_KINDS)
     content = read_small(vocab_file)
@@ -465,17 +468,84 @@ def _load_model(
             f"{vocab_file} ({len(content)} bytes) is not a sentencepiece model; "
             "it may be truncated or a Git LFS pointer: download it again"
         ) from error
-    _require_pieces(model, vocab_file, specials)
+    _require_pieces(model, vocab_file, required)
     return model
 
 
 def _require_pieces(
-    model: sentencepiece.SentencePieceProcessor, vocab_file: str, specials: tuple[str | AddedToken, ...]
+    model: sentencepiece.SentencePieceProcessor, vocab_file: str, required: tuple[str | AddedToken, ...]
 ) -> None:
-    names = [*map(str, specials), BEGIN_OF_TURN, END_OF_TURN]
-    missing = [name for name in names if model.id_to_piece(model.piece_to_id(name)) != name]
+    missing = [name for name in map(str, required) if model.id_to_piece(model.piece_to_id(name)) != name]
     if missing:
         raise ValueError(
             f"{vocab_file} with {model.get_piece_size()} pieces has no {', '.join(missing)}; "
             "it does not belong to a checkpoint of this family"
         )
+
+
+# ---- the first generation ----
+
+END_OF_QUESTION, END_OF_ANSWER = "<TOKENS_UNUSED_0>", "<TOKENS_UNUSED_1>"
+# Who speaks is plain text, each with its leading space.
+USER_OPENING, BOT_OPENING = " <|User|>:", " <|Bot|>:"
+
+
+def end_mark(version: str) -> str:
+    """The piece that ends an answer in a version."""
+    return END_OF_ANSWER if version == "1.0" else END_OF_TURN
+
+
+# What surrounds a system text.
+SYSTEM_OPENING, SYSTEM_END = "meta instruction\n", "\nconversation\n"
+
+
+def _part_of_first_turn(opening: str, end: str) -> str:
+    """The template of a message's content between what opens and ends it."""
+    content = TURNS_TEMPLATE[
+        TURNS_TEMPLATE.index("{%- if message['content'] is string") : TURNS_TEMPLATE.index(
+            "{{- '" + END_OF_TURN
+        )
+    ]
+    return "{{- '" + _escaped(opening) + "' }}" + content + "{{- '" + _escaped(end) + "' }}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\n", "\\n")
+
+
+FIRST_TURNS_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{%- if message['role'] == 'system' %}" + _part_of_first_turn(SYSTEM_OPENING, SYSTEM_END) + ""
+    "{%- elif message['role'] == 'user' %}" + _part_of_first_turn(USER_OPENING, f"\n{END_OF_QUESTION}") + ""
+    "{%- else %}" + _part_of_first_turn(BOT_OPENING, END_OF_ANSWER) + "{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '" + BOT_OPENING + "' }}{%- endif %}"
+)
+
+
+class InternLMXComposerTokenizer(InternLMXComposer2Tokenizer):
+    """The tokenizer of the first generation: 103168 pieces, `<TOKENS_UNUSED_0>` ends a question and
+    `<TOKENS_UNUSED_1>` an answer.
+
+    As when the checkpoints were published, white space next to `<s>`, `</s>` and `<unk>` is dropped.
+    Their files switch off the clean-up of decoded text.
+
+    Raises the errors of its base class.
+    """
+
+    markup = (END_OF_QUESTION, END_OF_ANSWER)
+    template = "{{- bos_token }}" + FIRST_TURNS_TEMPLATE
+
+    def tokenize(self, text: str, **kwargs) -> list[str]:
+        """The pieces of a text, without the white space next to special and added tokens."""
+        added = "|".join(map(re.escape, self.added_tokens_encoder))
+        return super().tokenize(re.sub(rf"\s*({added})\s*", r"\1", text), **kwargs)
+
+    def _parts_of_text(self, tokens: list[str]) -> Iterator[str]:
+        """As published, with a space on each side of an added token."""
+        special = set(self.special_tokens_map.values())
+        added = [token for token in self.added_tokens_encoder if token not in special]
+        plain = super()._parts_of_text
+        runs = [list(run) for _, run in groupby(tokens, key=lambda token: token if token in added else None)]
+        texts = [run if run[0] in added else ["".join(plain(run))] for run in runs]
+        yield " ".join(chain.from_iterable(texts))
