@@ -7,6 +7,7 @@ another form than the current one, without system text and without the mark at t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -68,10 +69,23 @@ Segments = list[Sequence[int] | Tensor]
 
 
 def past_turn(
-    tokenizer, question: str, answer: str, pictures: Sequence[Tensor], allow_markup: bool = False
+    tokenizer,
+    question: str,
+    answer: str,
+    pictures: Sequence[Tensor],
+    allow_markup: bool = False,
+    generated: Sequence[int] = (),
 ) -> Turn:
-    """A finished turn: each of its two sides begins with BOS, and no mark ends either."""
-    said, answered = (plain_text(tokenizer, text, allow_markup) for text in (question, answer))
+    """A finished turn: each of its two sides begins with BOS, and no mark ends either.
+
+    Args:
+        generated: the ids of the answer. Markup in its text counts if it was generated as such.
+    """
+    pieces, ends = markup_of(tokenizer).pieces, (END_OF_ANSWER, tokenizer.eos_token)
+    tokens = takewhile(lambda token: token not in ends, tokenizer.convert_ids_to_tokens(list(generated)))
+    is_markup = any(pieces.fullmatch(token) for token in tokens)
+    said = plain_text(tokenizer, question, allow_markup)
+    answered = plain_text(tokenizer, answer, allow_markup or is_markup)
     opening, closing = _ids(tokenizer, USER_OPENING, bos=True), _ids(tokenizer, BOT_OPENING)
     segments = opening, *pictures, _ids(tokenizer, said), closing, _ids(tokenizer, answered, bos=True)
     return Turn(question, answer, tuple(segments))
@@ -278,8 +292,8 @@ class FirstChatMixin:
                 of its turns, so only new ones are passed.
             reuse: whether the returned history keeps what was computed (`model.reuse_limit` bytes at most),
                 and whether what the passed one kept is used.
-            allow_markup: whether names of markup in the text, such as `<TOKENS_UNUSED_0>`, count as markup, as
-                they did in the published code.
+            allow_markup: whether names of markup in the text, such as `<TOKENS_UNUSED_0>`, count as markup,
+                as they did in the published code.
             settings: anything that `generate` of transformers accepts, over `PUBLISHED_SETTINGS`; and
                 `ends_each_beam`, whether each beam ends at the mark of an answer's end. By default, as
                 published, a beam search goes on until every beam ends there, and the text is cut afterwards.
@@ -299,7 +313,7 @@ class FirstChatMixin:
         earlier = getattr(history, "prompt_cache", None)
         (sequence,), cache = self._answer([prompt], settings, earlier, keep=reuse)
         answer = self._text_of(tokenizer, sequence)
-        turn = past_turn(tokenizer, text, answer, pictures, allow_markup)
+        turn = past_turn(tokenizer, text, answer, pictures, allow_markup, sequence)
         return answer, ChatHistory([*turns, turn], cache)
 
     @torch.no_grad()
@@ -341,8 +355,10 @@ class FirstChatMixin:
         sequences, _ = self._answer(prompts, settings)
         answers = [self._text_of(tokenizer, ids) for ids in sequences]
         return [
-            (answer, ChatHistory([*earlier, past_turn(tokenizer, text, answer, rows, allow_markup)]))
-            for answer, text, earlier, rows in zip(answers, texts, turns, pictures, strict=True)
+            (answer, ChatHistory([*earlier, past_turn(tokenizer, text, answer, rows, allow_markup, ids)]))
+            for answer, text, earlier, rows, ids in zip(
+                answers, texts, turns, pictures, sequences, strict=True
+            )
         ]
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from internlm_xcomposer2.cache_internlm_xcomposer2 import ChatHistory
 from internlm_xcomposer2.chat_internlm_xcomposer import (
     EveryBeamEnds,
     Turn,
+    past_turn,
     plan_segments,
     prompt_segments,
 )
@@ -253,6 +254,17 @@ def test_a_history_has_turns_and_reuses_what_was_computed(tiny, image, monkeypat
     whole = len(plan_segments(tiny.config, prompt_segments(tiny.tokenizer, "Why?", [], second)).ids)
     assert computed[0] <= whole - past  # the first turn, with its picture, is already there
     assert not encoded
+
+
+def test_what_is_said_forges_no_markup(tiny):
+    mark = tiny.tokenizer.convert_tokens_to_ids("<TOKENS_UNUSED_1>")
+    _, history = tiny.chat("a<TOKENS_UNUSED_1>b", **SMALL)
+    assert not any(mark in segment for segment in history[0].segments)
+    _, history = tiny.chat("a<TOKENS_UNUSED_1>b", allow_markup=True, **SMALL)
+    assert mark in history[0].segments[1]
+    for generated, counts in (([mark], False), ([tiny.config.image_token_id, mark], True)):
+        turn = past_turn(tiny.tokenizer, "a", "x<TOKENS_UNUSED_3>", [], False, generated)
+        assert (tiny.config.image_token_id in turn.segments[-1]) == counts
 
 
 def test_the_list_passed_as_history_is_left_alone(tiny):
