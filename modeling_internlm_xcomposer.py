@@ -47,7 +47,7 @@ from .configuration_internlm_xcomposer import (
 from .configuration_internlm_xcomposer2 import check_infer_mode
 from .generation_internlm_xcomposer2 import GenerateMixin, published_arguments
 from .image_processing_internlm_xcomposer2 import VisProcessor, check_grids
-from .modeling_internlm2 import check_attention
+from .modeling_internlm2 import check_attention, default_positions
 from .quantization_internlm_xcomposer2 import Packing, pack_linears
 
 LAYER_NORM_EPS = 1e-5  # of `ln_vision`; that of the tower and that of the Q-Former are others
@@ -305,8 +305,13 @@ class InternLMXComposerForCausalLM(
         super()._settle_loaded()
 
     def _settle_generation_config(self) -> None:
-        """Make `generate` stop at the end of an answer, which the published configurations leave out."""
+        """Make `generate` stop at the end of an answer, which the published configurations leave out.
+
+        Its `max_length` limits a prompt; it is not a default for how much is generated.
+        """
         config = self.config
+        if self.generation_config.max_length == config.max_length:
+            self.generation_config.max_length = None
         stops = [config.text_config.eos_token_id, config.end_token_id]
         self.generation_config.eos_token_id = [stop for stop in stops if stop < self.vocab_size]
         for generation_config in (self.generation_config, self.internlm_model.generation_config):
@@ -367,9 +372,24 @@ class InternLMXComposerForCausalLM(
     # ---- running ----
 
     def _decode(
-        self, im_mask: Tensor | None = None, infer_mode: str = "base", cache: Cache | None = None, **inputs
+        self,
+        inputs_embeds: Tensor,
+        im_mask: Tensor | None = None,
+        infer_mode: str = "base",
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPast:
-        return self.internlm_model.model(**{CACHE: cache}, **inputs)
+        if position_ids is None:  # as in every later step of `generate`, padding has none
+            position_ids = default_positions(inputs_embeds, cache, attention_mask)
+        return self.internlm_model.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE: cache},
+            **kwargs,
+        )
 
     def _must_see_pictures(self) -> bool:
         if is_sharded(self.visual_encoder.encoder.layers[-1]):
@@ -422,6 +442,8 @@ class InternLMXComposerForCausalLM(
         if samples is not None:
             inputs_embeds, attention_mask, labels = self.embed_samples(samples)
             input_ids = pixel_values = None
+            # Padding on the right has positions too, as published.
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         outputs = self.run_decoder(
             input_ids,
             inputs_embeds,

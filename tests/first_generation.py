@@ -138,13 +138,14 @@ def write_first(directory: Path, *, lora: bool = True, state_dict: dict | None =
 @lru_cache
 def small_vocabulary() -> bytes:
     """A sentencepiece model with the first generation's markup and few pieces besides bytes."""
-    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    words = [f"{first}{second}{third}" for first in "bdfklmn" for second in "aeiou" for third in "lnrst"]
+    text = "\n".join(" ".join(words[i::7]) for i in range(40))
     content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text.splitlines()),
         model_writer=content,
         model_type="bpe",
-        vocab_size=700,
+        vocab_size=360,
         byte_fallback=True,
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,

@@ -287,10 +287,10 @@ def test_a_history_of_something_else_is_refused(tiny, bad):
 def test_a_stream_gives_the_answer_and_its_history(tiny, image):
     expected, history = tiny.chat("What?", str(image), **SMALL)
     stream = tiny.chat_stream("What?", str(image), max_new_tokens=6)
-    assert "".join(stream) == expected
+    assert "".join(stream) == expected.rstrip("\ufffd")  # half a character is never shown
     assert isinstance(stream.history[0], Turn)
-    again = tiny.chat("More?", None, stream.history, **SMALL)
-    assert again[0] == tiny.chat("More?", None, history, **SMALL)[0]
+    assert stream.history[0].answer == expected.rstrip("\ufffd")
+    assert stream.history.prompt_cache.nbytes == history.prompt_cache.nbytes
     with pytest.raises(ValueError, match="num_beams is 5"):
         tiny.chat_stream("a", num_beams=5)
     with pytest.raises(ValueError, match="has its own streamer"):
