@@ -124,6 +124,14 @@ def take_back(dialogue: Dialogue) -> tuple:
     return messages_of(dialogue), box_of(question)
 
 
+def stop(dialogue: Dialogue) -> tuple:
+    """End the answer, or drop a question that waits -> messages, box."""
+    dialogue.stop()
+    if dialogue.is_writing:  # whoever writes shows how it ends
+        return gr.skip(), gr.skip()
+    return messages_of(dialogue), gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+
+
 def begin_anew(dialogue: Dialogue) -> tuple:
     """Stop, and forget the dialogue -> dialogue, messages, box, tiles, numbers."""
     dialogue.stop()
@@ -261,7 +269,7 @@ def connect(service: Service, dialogue, chatbot, box, new, controls: list, resul
     for event in asked:
         event.then(partial(answer, service), [dialogue, *controls], [*shown, *results], **queued)
     chatbot.undo(take_back, dialogue, shown, **at_once)
-    box.stop(Dialogue.stop, dialogue, None, **at_once)
+    box.stop(stop, dialogue, shown, **at_once)
     for event in (new.click, chatbot.clear):
         event(begin_anew, dialogue, [dialogue, *shown, *results], **at_once)
 

@@ -235,7 +235,7 @@ def test_a_broken_file_is_explained_and_the_question_is_kept(site, visit, tmp_pa
 def test_marks_that_do_not_fit_are_explained(site, visit):
     page = visit(site)
     ask(page, "<ImageHere><ImageHere> Which?", EXAMPLES / "star.png")
-    expect_answers(page, re.compile("2 <ImageHere> marks but 1 files"))
+    expect_answers(page, re.compile("2 <ImageHere> marks but came with 1 pictures"))
 
 
 def test_chinese(site, visit, shot):
@@ -262,6 +262,35 @@ def test_a_page_is_written_shown_and_given(site, visit, shot):
         page.locator("#code [aria-label=Download], #code a[download]").first.click()
     assert "<title>TIGER</title>" in Path(download.value.path()).read_text(encoding="utf-8")
     shot(page, "page")
+
+
+def test_pages_come_from_what_the_methods_get(tmp_path):
+    service, decoding = nano_service(), (False, 1.0, 1, 1.0, 12)
+    settings = {
+        "do_sample": False,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "max_new_tokens": 12,
+        "save": False,
+    }
+    resume, star = tmp_path / "cv.md", str(EXAMPLES / "star.png")
+    resume.write_text("# Ada", encoding="utf-8")
+
+    def written(source: str, text: str, file: str | None) -> str:
+        return writing.write_page(service, dialogue.Meter(), source, text, file, 0, -1, *decoding)
+
+    expected = service.model.resume_2_webpage(resume, **settings)
+    assert written("resume", "# Ada", None) == written("resume", "", str(resume)) == expected
+    assert written("screenshot", "", star) == service.model.screen_2_webpage("", star, **settings)
+    with pytest.raises(ValueError, match="add a file"):
+        written("resume", " ", None)
+
+
+def test_a_question_that_only_waits_can_be_dropped():
+    visitor = dialogue.Dialogue()
+    chat.take({"text": "Who are you?", "files": []}, visitor)
+    messages, box = chat.stop(visitor)
+    assert messages == [] and visitor.pending is None and box.submit_btn is True
 
 
 def test_a_page_needs_something_to_be_written_from(site, visit):
