@@ -6,8 +6,10 @@ one, and `compose` runs them all.
 """
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from PIL import Image
@@ -36,7 +38,7 @@ from .compose_prompts_internlm_xcomposer2 import (
     split_article,
     text_so_far,
 )
-from .image_processing_internlm_xcomposer2 import PictureMemo, Visual
+from .image_processing_internlm_xcomposer2 import PictureMemo, Visual, count_tokens
 from .ixc_utils import check_hd_num
 from .media_internlm_xcomposer2 import MediaSource, load_image
 from .prompt_internlm_xcomposer2 import (
@@ -98,8 +100,8 @@ class Composer:
     Args:
         model: a chat model of version 2 or 2.5, or another engine with its `_answer`.
         tokenizer: `model.tokenizer` by default.
-        hd_num: how many local tiles a picture may be cut into; by default 18 in version 2.5, or fewer if the
-            checkpoint's own default is less.
+        hd_num: how many local tiles a picture may be cut into. By default 18 in version 2.5, or fewer if the
+            checkpoint's own default is less, or as many as a prompt has room for.
         seed: of the article; every other step and line has a seed that follows from it, so that repeating one
             leaves the others as they are. With -1, sampling uses the generators as they are.
         use_meta: whether the system text of the demos goes first.
@@ -138,6 +140,7 @@ class Composer:
         if choose_by not in ("logits", "text"):
             raise ValueError(f"choose_by must be 'logits' or 'text', not {choose_by!r}")
         self.hd_num = min(self.rules.hd_num, self.config.hd_num) if hd_num is None else check_hd_num(hd_num)
+        self.has_own_tiles = hd_num is not None
         self.seed, self.choose_by, self.reuse, self.adds_spots = seed, choose_by, reuse, fill_spots
         self.markup, self.meta = markup_of(self.tokenizer), META_INSTRUCTION if use_meta else ""
         self.infer_mode = self.rules.infer_mode if infer_mode is None else infer_mode
@@ -432,10 +435,7 @@ class Composer:
             is_far_too_long = sum(map(len, prompt.texts)) > CHARACTERS_PER_TOKEN * limit
             if is_far_too_long and prompt is not prompts[-1]:
                 continue
-            visuals = [self._visual(image) for image in prompt.pictures]
-            # One BOS at the very start, in every version of the demos.
-            args = self.config, self.tokenizer, prompt.texts, visuals, self.hd_num
-            planned = join_prompt(*args, bos_rule="2.5")
+            planned = self._plan(prompt, limit)
             if len(planned.ids) <= limit:
                 return planned
         raise ValueError(
@@ -443,6 +443,21 @@ class Composer:
             f"{len(planned.lengths)} pictures, but at most {limit} fit; pass fewer pictures, lower hd_num or "
             "shorten the text"
         )
+
+    def _plan(self, prompt: ComposerPrompt, limit: int) -> ChatPrompt:
+        """A prompt with as many tiles as fit, but at least one, or as many as the user wants."""
+        visuals = [self._visual(image) for image in prompt.pictures]
+        # One BOS at the very start, in every version of the demos.
+        plan = partial(join_prompt, self.config, self.tokenizer, prompt.texts, visuals, bos_rule="2.5")
+        planned = plan(self.hd_num)
+        if len(planned.ids) <= limit or self.has_own_tiles:
+            return planned
+        num_text = len(planned.ids) - sum(planned.lengths)
+        budgets = range(1, self.hd_num + 1)  # the count grows with the budget
+        num_fitting = bisect_right(
+            budgets, limit - num_text, key=lambda budget: sum(count_tokens(self.config, visuals, budget))
+        )
+        return plan(max(1, num_fitting))
 
     def _visual(self, image: Image.Image) -> Visual:
         """The same for the same pixels, so that they are encoded once."""

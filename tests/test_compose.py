@@ -299,6 +299,30 @@ def test_candidates_that_do_not_fit(composing):
         composer.choose(article, 0)
 
 
+def test_pictures_get_the_tiles_that_fit(composing):
+    candidates = tuple(Candidate(i, colour(i, (600, 600))) for i in range(4))
+    text = "\n".join(f"line {i} {'word ' * 9}" for i in range(9))
+
+    def plan(context: int, num_candidates: int, **settings):
+        model, planned = composing(max_position_embeddings=context, hd_num=18), []
+        model._answer = lambda prompts, *args, **kwargs: planned.extend(prompts) or ([[5]], None)
+        composer = model.composer(choose_by="text", **settings)
+        article = composer.article_of("write", text)
+        composer.choose(article.with_picture(8, Picture("", candidates[:num_candidates])), 8)
+        return planned[0]
+
+    two = plan(8192, 2)
+    context = len(two.ids) + 60  # and ten for the answer
+    assert two.hd_num == plan(context, 2).hd_num == 18
+    four = plan(context, 4)
+    assert 1 < four.hd_num < 18
+    assert len(four.ids) <= context - 10 < len(four.ids) + 4 * sum(two.lengths) / 2
+    assert four.ids[:60] == two.ids[:60] and "line 0" in composing().tokenizer.decode(four.ids)
+    own = plan(context, 4, hd_num=18)  # then the text gets shorter
+    assert own.hd_num == 18 and len(own.ids) <= context - 10
+    assert "line 0" not in composing().tokenizer.decode(own.ids)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
