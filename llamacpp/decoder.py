@@ -79,10 +79,12 @@ class LlamaDecoder:
             self._decode(piece, positions, np.full(len(piece), sequence), is_last)
         return self._logits(-1)
 
-    def step(self, ids: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> np.ndarray:
-        """Decode one more token of each of several sequences -> (sequences, vocabulary) logits after it."""
+    def step(
+        self, ids: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Decode one more token of each of several sequences -> (vocabulary,) logits after each."""
         self._decode(ids, positions, sequences, np.ones(len(ids), dtype=np.int8))
-        return np.stack([self._logits(index) for index in range(len(ids))])
+        return [self._logits(index) for index in range(len(ids))]
 
     def forget(self, sequence: int | None = None, start: int = 0) -> None:
         """Remove a sequence's tokens from position `start` on, or everything."""
