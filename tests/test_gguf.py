@@ -1,5 +1,7 @@
 """Checkpoints as GGUF: what `ixc2 gguf` writes, and that llama.cpp answers as the torch model does."""
 
+import importlib
+import json
 import re
 import shutil
 import subprocess
@@ -686,3 +688,20 @@ def test_the_examples_of_the_page_print_what_it_shows(page, tmp_path, monkeypatc
         exec(code, names)
         if output:
             assert capsys.readouterr().out == output
+
+
+def test_the_benchmark_measures_every_type(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    options = ["--size", "tiny", "--repeats", "1", "--same-process", "--threads", "1", "--new-tokens", "3"]
+    monkeypatch.setattr(
+        sys, "argv", ["gguf_speed.py", *options, "--types", "f32", "q8_0", "--positions", "8"]
+    )
+    importlib.import_module("gguf_speed").main()
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["mode"] for row in report["rows"]] == ["f32", "q8_0", "torch float32"]
+    for row in report["rows"]:
+        assert row["tokens"] == 53 and row["prefill"]["min"] > 0 and row["decode"]["min"] > 0
+    assert report["rows"][0]["agreement"] == 1 and report["rows"][1]["file_gb"] < report["rows"][0]["file_gb"]
+    assert {"python", "decode_of_torch"} < report["ratios"][0].keys()
+    for name in ("gguf_speed", "prefill_decode", "common"):
+        sys.modules.pop(name, None)
