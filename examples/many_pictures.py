@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from internlm_xcomposer2.prompt_internlm_xcomposer2 import mark_pictures
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -67,16 +68,15 @@ def converse(
         settings: as in `chat`; greedy by default.
     """
     settings = {"do_sample": False, **settings}
+    counts = [len(new) for _, new in dialogue]
+    queries = mark_pictures([question for question, _ in dialogue], counts, version=model.config.version)
     history, pictures, turns = (), [], []
-    for question, new in dialogue:
-        marks = "".join(
-            f"Image{i} <ImageHere>; " for i in range(len(pictures) + 1, len(pictures) + len(new) + 1)
-        )
+    for query, (question, new) in zip(queries, dialogue, strict=True):
         pictures += new
         started = time.perf_counter()
         with counted(model.model) as total:
             answer, history = model.chat(
-                tokenizer, marks + question, list(pictures), history=history, reuse=reuse, **settings
+                tokenizer, query, list(pictures), history=history, reuse=reuse, **settings
             )
         turns.append(Turn(question, answer, len(pictures), total[0], time.perf_counter() - started))
     return turns
