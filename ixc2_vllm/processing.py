@@ -184,7 +184,7 @@ class FamilyMultiModalProcessor(BaseMultiModalProcessor[FamilyProcessingInfo]):
         hd_num = hf_kwargs["hd_num"]
         images = [Visual(image=load_image(image)) for image in hf_data.get("images") or ()]
         videos = [
-            Visual(frames=tuple(load_image(_as_array(frame)) for frame in sampled_frames(*video)))
+            Visual(frames=tuple(load_image(np.asarray(frame)) for frame in sampled_frames(*video)))
             for video in hf_data.get("videos") or ()
         ]
         outputs = {}
@@ -230,10 +230,6 @@ class FamilyMultiModalProcessor(BaseMultiModalProcessor[FamilyProcessingInfo]):
             return [processor.image_token_id] * processor.image_processor.num_image_tokens(rows, cols)
 
         return build
-
-
-def _as_array(frame) -> np.ndarray:
-    return np.asarray(frame)
 
 
 def media_of(kwargs: Mapping[str, object]) -> Iterator[tuple[torch.Tensor, list[tuple[int, int]]]]:
