@@ -18,6 +18,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPPreTrainedMo
 
 from .configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2Config
 from .image_processing_internlm_xcomposer2 import check_grids, split_tiles
+from .kernels_internlm_xcomposer2 import Linear, add_product, with_kernels
 
 # How many tiles go through the tower at once: bounds the memory of a 4K picture or a long video.
 MAX_TILES_PER_BATCH = 8
@@ -117,7 +118,7 @@ class CLIPVisionTransformer(nn.Module):
         super().__init__()
         self.embeddings = CLIPVisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = CLIPEncoder(config)
+        self.encoder = with_kernels(CLIPEncoder(config))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
@@ -310,7 +311,7 @@ class Projector(nn.Sequential):
     """Linear, exact GELU, linear: (..., input_size) -> (..., hidden_size)."""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
-        layers = nn.Linear(input_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+        layers = Linear(input_size, hidden_size), nn.GELU(), Linear(hidden_size, hidden_size)
         super().__init__(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -414,12 +415,12 @@ def blank_picture(config: InternLMXcomposer2Config, device: torch.device) -> tup
 # ---- Partial LoRA ----
 
 
-class LowRankUp(nn.Linear):
+class LowRankUp(Linear):
     """The second of two low-rank factors (B): a separate class, because new ones start at zero."""
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """(rows, rank) -> (rows, out), added in place to `onto` (rows, out) if that is given."""
-        return super().forward(x) if onto is None else onto.addmm_(x, self.weight.t())
+        return super().forward(x) if onto is None else add_product(onto, x, self.weight)
 
     def adds_in_place(self, x: Tensor, onto: Tensor) -> bool:
         """Whether the weight is a plain tensor of the same type as both, neither quantised nor sharded."""
@@ -445,13 +446,13 @@ class PLoRA(nn.Module):
         adapters: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_features, out_features, bias=bias)
+        self.linear = Linear(in_features, out_features, bias=bias)
         self.lora_dropout = nn.Dropout(lora_dropout)
         self.lora_scaling = (lora_r if lora_alpha is None else lora_alpha) / lora_r
-        self.Plora_A = nn.Linear(in_features, lora_r, bias=False)
+        self.Plora_A = Linear(in_features, lora_r, bias=False)
         self.Plora_B = LowRankUp(lora_r, out_features, bias=False)
         for name, rank in (adapters or {}).items():
-            self.add_module(f"lora_{name}_A", nn.Linear(in_features, rank, bias=False))
+            self.add_module(f"lora_{name}_A", Linear(in_features, rank, bias=False))
             self.add_module(f"lora_{name}_B", LowRankUp(rank, out_features, bias=False))
 
     @property

@@ -1,4 +1,4 @@
-"""How a product with a weight is computed on this machine: the quickest way for plain weights, 4-bit kernels.
+"""How a product with a weight is computed on this machine, plain weights and those of few bits.
 
 The ways differ in rounding only. The environment variable `INTERNLM_XCOMPOSER2_KERNELS` names one of
 `KERNELS`: `auto` (the default) measures large products once per process, `torch` leaves everything to torch,
@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -27,6 +28,7 @@ _MEASURED_SHAPE = (2048, 4096)  # of the weight that is measured with, (out, in)
 _REPEATS = 5
 _MARGIN = 1.1  # how many times as fast another way must be: close calls stay with torch, so that runs agree
 _VALUES_AT_ONCE = 1 << 21  # weights that are converted or unpacked at once: what a core's cache holds
+_IN_CACHE = 1 << 18  # values that pass through several steps at once
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -153,14 +155,14 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _is_plain_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and type(weight) in (nn.Parameter, Tensor)
         and type(x) is Tensor
         and x.dtype == weight.dtype
         and weight.device == x.device
         and weight.is_contiguous()
         and not needs_gradient(x, weight, bias)
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -168,6 +170,13 @@ def _is_plain_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is computed from any of these."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def add_product(output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`output + x W^T` in place, without gradients: (rows, out), (rows, in), (out, in) -> (rows, out)."""
+    if _is_plain_product(x, weight, None) and choose_kernel(weight, len(x)) != "torch":
+        return output.add_(multiply(x, weight))
+    return output.addmm_(x, weight.t())
 
 
 class Linear(nn.Linear):
@@ -178,16 +187,43 @@ class Linear(nn.Linear):
         return multiply(x, self.weight, self.bias)
 
 
-# ---- weights of 4 bits ----
+class QuickGelu(nn.Module):
+    """`x * sigmoid(1.702 x)`, CLIP's activation; without gradients in place, a part at a time.
 
-INT4_BITS = 4
+    A part passes through all steps while it is in a core's cache, so that memory is read and written once.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A tensor of any shape -> the same shape."""
+        x = x.contiguous()
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or needs_gradient(x):
+            return x * torch.sigmoid(1.702 * x)
+        for part in x.view(-1).split(_IN_CACHE * torch.get_num_threads()):
+            part.mul_(torch.mul(part, 1.702).sigmoid_())
+        return x
+
+
+def with_kernels(module: nn.Module) -> nn.Module:
+    """A library's module whose plain linears and `quick_gelu` are computed by the ones here."""
+    for name, child in list(module.named_modules()):
+        if type(child) is nn.Linear:
+            linear = Linear(child.in_features, child.out_features, child.bias is not None, device="meta")
+            linear.weight, linear.bias = child.weight, child.bias
+            module.set_submodule(name, linear)
+        elif isinstance(child, QuickGELUActivation):
+            module.set_submodule(name, QuickGelu())
+    return module
+
+
+# ---- weights of few bits ----
+
+INT8_ZERO = 128
 INT4_GROUPS = (256, 128, 64, 32)  # inputs with a common scale and zero point that the kernels take
-INT4_ROWS = 128  # up to so many rows the 4-bit kernel is quicker than unpacking the weight
+KERNEL_ROWS = 128  # up to so many rows the kernels are quicker than unpacking the weight
 _INNER_TILES = 8  # of 16 inputs each, in CUDA's layout
 # (outputs, inputs) of a tile of the packed weight, to be tried
 _TILES = {"cpu": ((64, 1), (32, 1), (16, 1)), "cuda": ((8, 16 * _INNER_TILES),)}
 _MOST_OUTPUTS = 64  # of a tile: parts of a weight begin at multiples of it
-_IN_CACHE = 1 << 18  # values that pass through several steps at once
 
 
 @dataclass(frozen=True)
@@ -291,33 +327,99 @@ class KeepsTypes(nn.Module):
         return super()._apply(keep_type, recurse)
 
 
-class Int4Weight(KeepsTypes):
-    """A weight (out, in) of 4-bit integers: `(integer - zero) * scale`, in the order of its device's kernel.
+class PackedWeight(KeepsTypes):
+    """A weight (out, in) of few bits: `(integer - zero) * scale`, in the order of its device's kernel.
 
-    In bfloat16 and float16, few rows are multiplied by the kernel, whose scales and zero points are bfloat16.
-    For many rows, and always in float32, a part of the weight at a time is unpacked exactly.
+    In bfloat16 and float16, few rows are multiplied by the kernel, in bfloat16 with scales of that type. For
+    many rows, and always in float32, a part of the weight at a time is unpacked exactly.
 
     Args:
-        codes: what `pack_int4` returned for the integers, with the inputs of each group side by side.
+        codes: the integers as the kernel reads them, with the inputs of each group side by side.
         scales: (out, groups), of a type that holds them exactly.
         zeros: (out, groups), uint8.
         order: (in,) inputs in the order in which `codes` has them; `None` if that is their own.
     """
 
-    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor | None) -> None:
+    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor | None = None) -> None:
         super().__init__()
         self.layout = codes.device.type  # of the device that `codes` were packed for
         self.out_features, self.num_groups = scales.shape
-        self.in_features = codes.numel() * codes.element_size() * 2 // self.out_features
+        self.in_features = codes.nbytes * 8 // self.bits // self.out_features
+        for name, value in {"codes": codes, "scales": scales, "zeros": zeros, "order": order}.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def integers(self) -> Tensor:
+        """(out, in), uint8."""
+        return self._reordered(self._ordered(0, self.out_features))
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """(out, in), exact in float32."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.codes.device)
+        return self._reordered(self._unpack_into(weight, 0))
+
+    def _reordered(self, values: Tensor) -> Tensor:
+        """(outputs, in) with the inputs in their own order."""
+        return values if self.order is None else values.index_select(1, self.order.argsort())
+
+    def _unpack_into(self, weight: Tensor, start: int) -> Tensor:
+        """Fill (outputs, in) with the weights from output `start` on, the inputs of each group together."""
+        scales, zeros = (t[start : start + len(weight)].float()[..., None] for t in (self.scales, self.zeros))
+        is_float = weight.dtype == torch.float32
+        steps = _steps(len(weight), _IN_CACHE // self.in_features)
+        block = None if is_float else torch.empty_like(weight[slice(*steps[0])], dtype=torch.float32)
+        for first, last in steps:
+            values = weight[first:last] if is_float else block[: last - first]
+            values.copy_(self._ordered(start + first, start + last))
+            groups = values.unflatten(1, (self.num_groups, -1))
+            groups.sub_(zeros[first:last]).mul_(scales[first:last])
+            if not is_float:
+                weight[first:last] = values
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), without gradients."""
+        rows = x.reshape(-1, self.in_features)
+        if self.layout == x.device.type and len(rows) <= KERNEL_ROWS and x.dtype in _HALF_TYPES:
+            rows = rows if self.order is None else rows.index_select(1, self.order)
+            output = self._by_kernel(rows.to(torch.bfloat16).contiguous()).to(x.dtype)
+        else:
+            output = self._by_parts(rows.to(_type_of_large_products(rows)), x.dtype)
+        return output.view(*x.shape[:-1], -1)
+
+    def _by_parts(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """(rows, in) -> (rows, out) of `dtype`, a part of the weight at a time."""
+        output = rows.new_empty(len(rows), self.out_features, dtype=dtype)
+        steps = _steps(self.out_features, _VALUES_AT_ONCE // self.in_features)
+        buffer = rows.new_empty(steps[0][1], self.in_features)
+        for start, stop in steps:
+            weight = self._reordered(self._unpack_into(buffer[: stop - start], start))
+            output[:, start:stop] = multiply(rows, weight)
+        return output
+
+    def _ordered(self, start: int, stop: int) -> Tensor:
+        """Outputs `start` to `stop` -> (outputs, in) integers, the inputs of each group side by side."""
+        raise NotImplementedError
+
+    def _by_kernel(self, rows: Tensor) -> Tensor:
+        """(rows, in) -> (rows, out), both bfloat16."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.bits} bits in the order of {self.layout}"
+
+
+class Int4Weight(PackedWeight):
+    """A weight of 4-bit integers, whose `codes` are those of `pack_int4`."""
+
+    bits = 4
+
+    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor | None = None) -> None:
+        super().__init__(codes, scales, zeros, order)
         size = self.in_features // self.num_groups
         self.kernel_group = next(group for group in INT4_GROUPS if size % group == 0)
-        both = (
-            torch.stack([scales.float(), (8.0 - zeros) * scales.float()], dim=-1).bfloat16().transpose(0, 1)
-        )
-        both = both.repeat_interleave(size // self.kernel_group, dim=0)
-        buffers = {"codes": codes, "scales": scales, "zeros": zeros, "order": order, "scales_and_zeros": both}
-        for name, value in buffers.items():
-            self.register_buffer(name, value, persistent=False)
+        pairs = torch.stack([scales.float(), (8.0 - zeros) * scales.float()], dim=-1)
+        pairs = pairs.bfloat16().transpose(0, 1).repeat_interleave(size // self.kernel_group, dim=0)
+        self.register_buffer("scales_and_zeros", pairs, persistent=False)
 
     @staticmethod
     def fits(device_type: str, outputs: int, inputs: int, num_groups: int) -> bool:
@@ -337,56 +439,31 @@ class Int4Weight(KeepsTypes):
             self.codes, self.layout = pack_int4(integers.to(self.scales.device)), kind
         return self
 
-    def integers(self) -> Tensor:
-        """(out, in), uint8."""
-        return self._reordered(self._ordered(0, self.out_features))
-
-    def unpack(self, dtype: torch.dtype) -> Tensor:
-        """(out, in), exact in float32."""
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.codes.device)
-        return self._reordered(self._unpack_into(weight, 0))
-
-    def _reordered(self, values: Tensor) -> Tensor:
-        """(outputs, in) with the inputs in their own order."""
-        return values if self.order is None else values.index_select(1, self.order.argsort())
-
     def _ordered(self, start: int, stop: int) -> Tensor:
-        """Outputs `start` to `stop` -> (outputs, in) integers, the inputs of each group side by side."""
         return int4_layout(self.layout).unpack(self.codes, start, stop, self.in_features)
 
-    def _unpack_into(self, weight: Tensor, start: int) -> Tensor:
-        """Fill (outputs, in) with the weights from output `start` on, the inputs of each group together."""
-        scales, zeros = (t[start : start + len(weight)].float()[..., None] for t in (self.scales, self.zeros))
-        is_float = weight.dtype == torch.float32
-        steps = _steps(0, len(weight), _IN_CACHE // self.in_features)
-        block = None if is_float else torch.empty_like(weight[slice(*steps[0])], dtype=torch.float32)
-        for first, last in steps:
-            values = weight[first:last] if is_float else block[: last - first]
-            values.copy_(self._ordered(start + first, start + last))
-            groups = values.unflatten(1, (self.num_groups, -1))
-            groups.sub_(zeros[first:last]).mul_(scales[first:last])
-            if not is_float:
-                weight[first:last] = values
-        return weight
+    def _by_kernel(self, rows: Tensor) -> Tensor:
+        return multiply_int4(rows, self.codes, self.kernel_group, self.scales_and_zeros)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), without gradients."""
-        rows = x.reshape(-1, self.in_features)
-        if self.layout == x.device.type and len(rows) <= INT4_ROWS and x.dtype in _HALF_TYPES:
-            rows = rows if self.order is None else rows.index_select(1, self.order)
-            output = multiply_int4(rows.bfloat16(), self.codes, self.kernel_group, self.scales_and_zeros)
-            return output.to(x.dtype).view(*x.shape[:-1], -1)
-        rows = rows.to(_type_of_large_products(rows))
-        output = x.new_empty(len(rows), self.out_features)
-        steps = _steps(0, self.out_features, _VALUES_AT_ONCE // self.in_features)
-        buffer = rows.new_empty(steps[0][1], self.in_features)
-        for start, stop in steps:
-            weight = self._reordered(self._unpack_into(buffer[: stop - start], start))
-            output[:, start:stop] = multiply(rows, weight)
-        return output.view(*x.shape[:-1], -1)
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, in the order of {self.layout}"
+class Int8Weight(PackedWeight):
+    """A weight of 8-bit integers with a zero point of 128 and one scale for each output.
+
+    Its `codes` are the integers (out, in) less 128, int8.
+    """
+
+    bits = 8
+
+    @staticmethod
+    def fits(device_type: str, zeros: Tensor) -> bool:
+        """Whether a weight with these zero points (out, groups) is one for the kernel, which CPUs have."""
+        return device_type == "cpu" and zeros.shape[1] == 1 and bool((zeros == INT8_ZERO).all())
+
+    def _ordered(self, start: int, stop: int) -> Tensor:
+        return self.codes[start:stop].view(torch.uint8) ^ INT8_ZERO
+
+    def _by_kernel(self, rows: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.scales[:, 0].to(torch.bfloat16))
 
 
 def _type_of_large_products(rows: Tensor) -> torch.dtype:
@@ -397,7 +474,7 @@ def _type_of_large_products(rows: Tensor) -> torch.dtype:
     return torch.float32 if way == "float32" else rows.dtype
 
 
-def _steps(start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    """A range in parts of about `size`, which begin at multiples of a tile's outputs."""
+def _steps(stop: int, size: int) -> list[tuple[int, int]]:
+    """The range up to `stop` in parts of about `size`, which begin at multiples of a tile's outputs."""
     size = max(1, size // _MOST_OUTPUTS) * _MOST_OUTPUTS
-    return [(first, min(first + size, stop)) for first in range(start, stop, size)]
+    return [(first, min(first + size, stop)) for first in range(0, stop, size)]

@@ -38,6 +38,7 @@ from .embedding_methods_internlm_xcomposer2 import video_extensions as video_ext
 from .generation_internlm_xcomposer2 import GenerateMixin
 from .image_processing_internlm_xcomposer2 import VisProcessor
 from .ixc_utils import get_font
+from .kernels_internlm_xcomposer2 import Linear
 from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_attention
 from .quantization_internlm_xcomposer2 import Packing, pack_linears
 from .reward_internlm_xcomposer2 import RewardMixin, last_positions, pairwise_loss
@@ -151,7 +152,7 @@ class InternLMXComposer2ForCausalLM(
         packed: tuple[Packing, Mapping[str, tuple[int, ...]]] | None = None,
     ) -> None:
         super().__init__(config)
-        self.output = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.output = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self._finish_init(packed)
         self._settle_generation_config()
 
@@ -287,7 +288,7 @@ class InternLMXComposer2ForSequenceClassification(RewardMixin, InternLMXComposer
     ) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.score = nn.Linear(config.text_config.hidden_size, config.num_labels, bias=False)
+        self.score = Linear(config.text_config.hidden_size, config.num_labels, bias=False)
         self._finish_init(packed)
 
     @classmethod

@@ -30,7 +30,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .checkpoint_internlm_xcomposer2 import TensorHeader, quantize_fields, shapes_of
 from .configuration_internlm_xcomposer2 import published_name
 from .files_internlm_xcomposer2 import blaming
-from .kernels_internlm_xcomposer2 import INT4_BITS, Int4Weight, KeepsTypes, Linear, multiply, pack_int4
+from .kernels_internlm_xcomposer2 import (
+    INT8_ZERO,
+    Int4Weight,
+    Int8Weight,
+    KeepsTypes,
+    Linear,
+    PackedWeight,
+    multiply,
+    pack_int4,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -120,7 +129,7 @@ def settle_quantized(model: PreTrainedModel) -> None:
 
 def _is_plain(module: nn.Module) -> bool:
     weight = module.weight
-    return type(module) is nn.Linear and weight.is_floating_point() and type(weight) is nn.Parameter
+    return isinstance(module, nn.Linear) and weight.is_floating_point() and type(weight) is nn.Parameter
 
 
 def _settle_4bit(module: nn.Module) -> None:
@@ -301,7 +310,7 @@ class PackedLinear(KeepsTypes):
         bias = torch.zeros(out_features, dtype=torch.float32) if has_bias else None
         self.register_parameter("bias", _constant(bias))
         self.has_index = has_index
-        self.settled: Int4Weight | None = None
+        self.settled: PackedWeight | None = None
         self.register_state_dict_post_hook(_add_file_tensors)
         self.register_load_state_dict_pre_hook(_expect_file_tensors)
         self.register_load_state_dict_post_hook(_settle_again)
@@ -332,21 +341,23 @@ class PackedLinear(KeepsTypes):
         Raises:
             ValueError: the file names a group that doesn't exist.
         """
-        groups, (num_groups, outputs) = self.groups(), self.scales.shape
-        device = self.scales.device
-        sizes = torch.bincount(groups, minlength=num_groups)
-        fits = Int4Weight.fits(device.type, outputs, self.in_features, num_groups)
-        if self.bits > INT4_BITS or not fits or not bool((sizes == sizes[0]).all()):
+        groups, device = self.groups(), self.scales.device
+        sizes = torch.bincount(groups, minlength=len(self.scales))
+        scales, zeros = _smallest(self.scales.T.contiguous()), self._zeros().T.to(torch.uint8).contiguous()
+        is_int8 = self.bits == Int8Weight.bits and Int8Weight.fits(device.type, zeros)
+        widths = self.out_features, self.in_features, len(self.scales)
+        is_int4 = self.bits <= Int4Weight.bits and Int4Weight.fits(device.type, *widths)
+        if not (is_int4 or is_int8) or not bool((sizes == sizes[0]).all()):
             self._hold(self.file_tensors())
             return
         order = groups.argsort(stable=True)
-        in_order = torch.equal(order, torch.arange(self.in_features, device=device))
-        words = (self.qweight if qweight is None else qweight).to(device)
-        parts = self._integers(words)
-        codes = torch.cat([pack_int4(part if in_order else part[:, order]) for part in parts])
-        scales, zeros = _smallest(self.scales.T.contiguous()), self._zeros().T.to(torch.uint8).contiguous()
+        order = None if torch.equal(order, torch.arange(self.in_features, device=device)) else order.int()
+        parts = self._integers((self.qweight if qweight is None else qweight).to(device))
+        parts = (part if order is None else part.index_select(1, order) for part in parts)
+        pack = pack_int4 if is_int4 else lambda integers: (integers - INT8_ZERO).to(torch.int8)
+        codes = torch.cat([pack(part) for part in parts])
         self._hold({})
-        self.settled = Int4Weight(codes, scales, zeros, None if in_order else order.int())
+        self.settled = (Int4Weight if is_int4 else Int8Weight)(codes, scales, zeros, order)
 
     def _hold(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep these tensors of the file as buffers, and no others."""

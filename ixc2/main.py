@@ -24,6 +24,8 @@ from .examine import (
 )
 from .fetch import HUBS, fetch, fetch_description
 from .gguf import DEFAULT_TYPE, export
+from .quantize import BITS, METHODS, quantize
+from .quantize import MAX_SHARD_SIZE as SHARD_SIZE
 
 PICTURE = "3840x2160"
 
@@ -107,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model, if SRC has none")
     command.set_defaults(run=_gguf)
+    _add_quantize(commands)
     command = commands.add_parser("inspect", help="describe a checkpoint by the headers of its weights")
     _add_source(command)
     command.add_argument("--json", action="store_true", help="print everything as one JSON object")
@@ -123,6 +126,35 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("target", metavar="DST", help="a new directory")
     command.set_defaults(run=_export_adapters)
     return parser
+
+
+def _add_quantize(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "quantize",
+        help="write a checkpoint with the decoder's weights in 4 or 8 bits",
+        description="Write a complete directory whose decoder has weights of 4 or 8 bits, in GPTQ's layout. "
+        "The source is never changed. Vision tower, projector, low-rank weights, embeddings and output head "
+        "stay as they are.",
+    )
+    _add_source(command)
+    command.add_argument("target", metavar="DST", help="a new directory")
+    command.add_argument("--bits", type=int, choices=BITS, default=BITS[0], help="default: 4")
+    command.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="inputs that share a scale, -1 for all; default: 128 or all",
+    )
+    command.add_argument(
+        "--method",
+        choices=METHODS,
+        help="how scales are chosen; default: hqq in 4 bits with torchao, or round",
+    )
+    command.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model, if SRC has none")
+    command.add_argument(
+        "--max-shard-size", default=SHARD_SIZE, metavar="SIZE", help="of a file; default: 2GB"
+    )
+    command.set_defaults(run=_quantize)
 
 
 def _add_source(command: argparse.ArgumentParser) -> None:
@@ -211,6 +243,26 @@ def _gguf(options: argparse.Namespace) -> None:
     else:
         print(f"{target} was exported before, and everything is in place")
     print(f"load it: internlm_xcomposer2.from_gguf({str(target)!r})")
+
+
+# ---- quantize ----
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    source = fetch(options.source, options.hub, options.revision, options.subfolder)
+    notes = quantize(
+        source,
+        options.target,
+        bits=options.bits,
+        group_size=options.group_size,
+        method=options.method,
+        tokenizer=options.tokenizer,
+        max_shard_size=options.max_shard_size,
+        num_attention_heads=options.num_attention_heads,
+    )
+    for note in notes:
+        print(f"note: {note}")
+    print(f"load it: AutoModel.from_pretrained({str(options.target)!r}, trust_remote_code=True)")
 
 
 # ---- inspect ----

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from helpers import random_pictures, tiny_model
 from internlm_xcomposer2 import kernels_internlm_xcomposer2 as kernels
 from internlm_xcomposer2.kernels_internlm_xcomposer2 import Int4Weight, Linear, int4_layout, multiply
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -194,7 +195,7 @@ def test_products_with_4_bit_weights(monkeypatch, ordered, groups, setting):
     packed, expected = random_int4(groups=groups, ordered=ordered)
     assert torch.equal(packed.unpack(torch.float32), expected)
     assert torch.equal(packed.unpack(torch.bfloat16), expected.bfloat16())
-    for rows in (1, 3, kernels.INT4_ROWS, kernels.INT4_ROWS + 1):
+    for rows in (1, 3, kernels.KERNEL_ROWS, kernels.KERNEL_ROWS + 1):
         x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows))
         exact = x @ expected.T
         torch.testing.assert_close(packed(x), exact, rtol=0, atol=1e-5)
@@ -217,3 +218,55 @@ def test_large_weights_are_multiplied_in_parts(monkeypatch):
 def test_memory_of_a_4_bit_weight():
     packed, expected = random_int4(outputs=512, inputs=1024, groups=8)
     assert sum(buffer.nbytes for buffer in packed.buffers()) < 0.3 * 2 * expected.numel()
+
+
+# ---- parts of the tower ----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quick_gelu_in_parts_is_exact(monkeypatch, dtype):
+    monkeypatch.setattr(kernels, "_IN_CACHE", 64)
+    x = torch.randn(3, 50, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = x * torch.sigmoid(1.702 * x)
+    assert torch.equal(kernels.QuickGelu()(x.transpose(0, 1).clone().transpose(0, 1)), expected)
+    assert torch.equal(kernels.QuickGelu()(x.clone()), expected)
+
+
+def test_quick_gelu_has_gradients_and_keeps_its_input_for_them():
+    x = torch.randn(5, requires_grad=True)
+    before = x.detach().clone()
+    kernels.QuickGelu()(x).sum().backward()
+    expected = before.clone().requires_grad_()
+    (expected * torch.sigmoid(1.702 * expected)).sum().backward()
+    assert torch.equal(x.grad, expected.grad) and torch.equal(x.detach(), before)
+
+
+def test_a_librarys_module_gets_the_kernels():
+    model = tiny_model("2.5")
+    tower = [module for module in model.vit.modules() if isinstance(module, torch.nn.Linear)]
+    assert tower and all(isinstance(module, Linear) for module in tower)
+    assert sum(isinstance(module, kernels.QuickGelu) for module in model.vit.modules()) == 2
+    every = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert all(isinstance(module, Linear) for module in every)
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2, bias=False))
+    weights = [module.weight for module in plain]
+    names = list(plain.state_dict())
+    assert kernels.with_kernels(plain) is plain and list(plain.state_dict()) == names
+    assert all(module.weight is weight for module, weight in zip(plain, weights, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_computes_the_same_with_all_kernels(monkeypatch, kernel, dtype):
+    model = tiny_model("2.5", task_adapters={"sft": 3, "dpo": 2, "web": 5}).to(getattr(torch, dtype))
+    pixel_values, grids = random_pictures(model, [(1, 1)])
+    places = [model.config.image_token_id] * model.num_image_tokens(1, 1)
+    inputs = {"pixel_values": pixel_values, "image_grid_hw": grids}
+    ids = torch.tensor([[1, *places, 60, 70, 80]])
+    monkeypatch.setenv(kernels.SETTING, "torch")
+    expected = model(ids, **inputs, infer_mode="write").logits
+    monkeypatch.setenv(kernels.SETTING, kernel)
+    limit = 1e-5 if dtype == "float32" else 0.1
+    torch.testing.assert_close(model(ids, **inputs, infer_mode="write").logits, expected, rtol=0, atol=limit)
