@@ -446,7 +446,7 @@ class PLoRA(nn.Module):
         adapters: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.linear = Linear(in_features, out_features, bias=bias)
+        self.linear = nn.Linear(in_features, out_features, bias=bias)  # of the class that quantisers look for
         self.lora_dropout = nn.Dropout(lora_dropout)
         self.lora_scaling = (lora_r if lora_alpha is None else lora_alpha) / lora_r
         self.Plora_A = Linear(in_features, lora_r, bias=False)

@@ -38,7 +38,7 @@ from .embedding_methods_internlm_xcomposer2 import video_extensions as video_ext
 from .generation_internlm_xcomposer2 import GenerateMixin
 from .image_processing_internlm_xcomposer2 import VisProcessor
 from .ixc_utils import get_font
-from .kernels_internlm_xcomposer2 import Linear
+from .kernels_internlm_xcomposer2 import Linear, with_kernels
 from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_attention
 from .quantization_internlm_xcomposer2 import Packing, pack_linears
 from .reward_internlm_xcomposer2 import RewardMixin, last_positions, pairwise_loss
@@ -94,6 +94,8 @@ class InternLMXComposer2Backbone(VisionMixin, EmbeddingMethodsMixin, BackboneMix
         """
         if packed is not None:
             pack_linears(self, *packed)
+        if getattr(self.config, "quantization_config", None) is None:
+            with_kernels(self.model)
         self.register_load_state_dict_pre_hook(_accept_published_names)
         self.post_init()
 
