@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..checkpoint_internlm_xcomposer2 import TensorHeader, load_torch_file
-from ..quantization_internlm_xcomposer2 import FILE_TENSORS, WORD, our_linear, pack_words
+from ..configuration_internlm_xcomposer2 import our_name
+from ..quantization_internlm_xcomposer2 import FILE_TENSORS, WORD, pack_words
 from .adopt import check_loadable, staging_beside
 from .convert import INDEX, Piece, plan_pieces
 from .examine import LINEAR, Findings, examine
@@ -145,7 +146,11 @@ def choose_settings(
         raise ValueError(f"no method {method!r}; choose {' or '.join(METHODS)}")
     linears = linears_of(findings)
     whole = [name for name in linears if findings.headers[name].dtype.is_floating_point]
-    if findings.packing is not None or len(whole) < len(linears) or not linears:
+    if findings.packing is None and not linears:
+        raise ValueError(
+            f"{findings.source} has no weights named wqkv, wo, w1, w2 or w3, the ones to quantise"
+        )
+    if findings.packing is not None or len(whole) < len(linears):
         raise ValueError(f"{findings.source} is quantised already; quantise the original checkpoint")
     group_size = _fitting_group(linears, bits) if group_size is None else group_size
     _check_widths(linears, bits, group_size)
@@ -223,7 +228,7 @@ def _write(pieces: list[Piece], findings: Findings, settings: Settings, staging:
         tensors: dict[str, Tensor] = {}
         for name, tensor in _read(piece):
             if name in linears:
-                linear = our_linear(name.removesuffix(".weight"))
+                linear = our_name(name).removesuffix(".weight")
                 parts = quantize_weight(tensor, settings)
                 tensors |= {f"{linear}.{part}": value for part, value in parts.items()}
             else:
