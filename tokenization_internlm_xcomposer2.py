@@ -523,6 +523,11 @@ FIRST_TURNS_TEMPLATE = (
 )
 
 
+def tokenizer_class(version: str) -> type["InternLMXComposer2Tokenizer"]:
+    """The class of a version's tokenizer."""
+    return InternLMXComposerTokenizer if version == "1.0" else InternLMXComposer2Tokenizer
+
+
 class InternLMXComposerTokenizer(InternLMXComposer2Tokenizer):
     """The tokenizer of the first generation: 103168 pieces, `<TOKENS_UNUSED_0>` ends a question and
     `<TOKENS_UNUSED_1>` an answer.

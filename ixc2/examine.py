@@ -15,6 +15,7 @@ from ..checkpoint_internlm_xcomposer2 import (
     TensorHeader,
     adopt_command,
     asking_for_heads,
+    config_class_of,
     published_shapes,
     quantize_fields,
     read_headers,
@@ -23,7 +24,8 @@ from ..checkpoint_internlm_xcomposer2 import (
     skeleton,
     weight_paths,
 )
-from ..configuration_internlm_xcomposer2 import InternLMXcomposer2Config, is_reward, published_name
+from ..configuration_internlm_xcomposer import InternLMXComposerConfig, shapes_in_model
+from ..configuration_internlm_xcomposer2 import CheckpointConfig, is_reward, published_name
 from ..files_internlm_xcomposer2 import (
     SMALL_FILES,
     blaming,
@@ -32,12 +34,13 @@ from ..files_internlm_xcomposer2 import (
     read_fields,
 )
 from ..image_processing_internlm_xcomposer2 import grid_of_image, tokens_of_grid
+from ..modeling_internlm_xcomposer import InternLMXComposerForCausalLM
 from ..modeling_internlm_xcomposer2 import (
     InternLMXComposer2ForCausalLM,
     InternLMXComposer2ForSequenceClassification,
 )
 from ..quantization_internlm_xcomposer2 import Packing, packing_of, unpacked_shapes
-from ..tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
+from ..tokenization_internlm_xcomposer2 import tokenizer_class
 
 # Beginnings of tensor names, and what they belong to; the first match counts.
 _PARTS = {
@@ -46,6 +49,15 @@ _PARTS = {
     "plora_": "newline vectors",
     "video_mem_proj.": "video memory projector",
     "model.tok_embeddings.": "token embeddings",
+    "visual_encoder.": "vision tower",
+    "ln_vision.": "vision tower",
+    "Qformer.": "Q-Former",
+    "query_tokens": "Q-Former",
+    "internlm_proj.": "projector",
+    "flag_image_": "flag vectors",
+    "internlm_model.model.embed_tokens.": "token embeddings",
+    "internlm_model.lm_head.": "output head",
+    "internlm_model.": "decoder",
     "model.": "decoder",
     "output.": "output head",
     "score.": "reward head",
@@ -53,6 +65,7 @@ _PARTS = {
 _BUFFERS = re.compile("|".join(InternLMXComposer2ForCausalLM._keys_to_ignore_on_load_unexpected))
 _OPTIONAL = re.compile("|".join(InternLMXComposer2ForCausalLM._keys_to_ignore_on_load_missing))
 LINEAR = re.compile(r"\.(wqkv|wo|w1|w2|w3)(\.linear)?\.weight$")
+_FIRST_LINEAR = re.compile(r"^internlm_model\..*_proj\.weight$")
 _BUDGETS = (1, 6, 12, 24, 36, 55)
 
 NF4_BYTES = 0.5 + 4 / 64  # per weight: four bits, and a float32 scale for each block of 64
@@ -75,7 +88,7 @@ class Findings:
 
     source: Path
     fields: dict  # config.json as it is
-    config: InternLMXcomposer2Config
+    config: CheckpointConfig
     headers: dict[str, TensorHeader]
     paths: tuple[Path, ...]  # of the weights
     has_index: bool  # of its shards; or it has no shards
@@ -99,7 +112,8 @@ class Findings:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the embeddings, which stands for the checkpoint's."""
-        return self.headers["model.tok_embeddings.weight"].dtype
+        names = ("model.tok_embeddings.weight", "internlm_model.model.embed_tokens.weight")
+        return next(self.headers[name].dtype for name in names if name in self.headers)
 
 
 def examine(
@@ -143,13 +157,13 @@ def examine(
         notes.append(f"config.json has no num_attention_heads: assumed {heads}")
     missing, unknown = compare_with_model(config, shapes, packing)
     weights = headers, tuple(paths), has_index, packing, shapes
-    faults = faults_of_small_files(source)
+    faults = faults_of_small_files(source, config.version)
     return Findings(source, fields, config, *weights, tuple(notes), missing, unknown, faults)
 
 
-def faults_of_small_files(source: Path) -> dict[str, str]:
+def faults_of_small_files(source: Path, version: str) -> dict[str, str]:
     """What is wrong with the files of the tokenizer, the processor and the generation, by their names."""
-    checks = {**dict.fromkeys(SMALL_FILES, check_small_file), "tokenizer.model": InternLMXComposer2Tokenizer}
+    checks = {**dict.fromkeys(SMALL_FILES, check_small_file), "tokenizer.model": tokenizer_class(version)}
     faults = {}
     for name, check in checks.items():
         try:
@@ -194,18 +208,18 @@ def _fields_of(source: Path, notes: list[str]) -> dict:
 def check_config_fields(fields: dict, source: Path) -> None:
     """Raise `ValueError` for a field of `config.json` that is wrong by itself, before others rely on it."""
     with blaming(source / "config.json"):
-        InternLMXcomposer2Config.from_dict({n: value for n, value in fields.items() if n != "model_type"})
+        config_class_of(fields).from_dict({n: value for n, value in fields.items() if n != "model_type"})
 
 
-def _completed(fields: dict, shapes: dict[str, tuple[int, ...]], source: Path) -> InternLMXcomposer2Config:
-    fields = {name: value for name, value in fields.items() if name != "model_type"}
-    config = InternLMXcomposer2Config.from_dict(fields)
+def _completed(fields: dict, shapes: dict[str, tuple[int, ...]], source: Path) -> CheckpointConfig:
+    config_class = config_class_of(fields, shapes)
+    config = config_class.from_dict({name: value for name, value in fields.items() if name != "model_type"})
     with blaming(f"the weights in {source}"), asking_for_heads(source):
         return config.complete_from_shapes(shapes)
 
 
 def compare_with_model(
-    config: InternLMXcomposer2Config, shapes: dict[str, tuple[int, ...]], packing: Packing | None
+    config: CheckpointConfig, shapes: dict[str, tuple[int, ...]], packing: Packing | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Tensors that the files lack, and those that the model doesn't know; a wrong shape counts as both.
 
@@ -215,9 +229,13 @@ def compare_with_model(
     model_class = (
         InternLMXComposer2ForSequenceClassification if is_reward(shapes) else InternLMXComposer2ForCausalLM
     )
+    if isinstance(config, InternLMXComposerConfig):
+        model_class = InternLMXComposerForCausalLM
+        shapes = shapes_in_model(shapes, folds_low_rank=False)
     expected = set(published_shapes(skeleton(model_class, config)).items())
     biases = {f"{linear}.bias" for linear in packing.linears} if packing else set()
-    found = {(published_name(name), shape) for name, shape in shapes.items() if name not in biases}
+    pairs = {(published_name(name), shape): name for name, shape in shapes.items()}
+    found = {pair for pair, name in pairs.items() if name not in biases or pair in expected}
     missing = {_named(pair) for pair in expected - found if not _OPTIONAL.search(pair[0])}
     unknown = {_named(pair) for pair in found - expected if not _BUFFERS.search(pair[0])}
     return tuple(sorted(missing)), tuple(sorted(unknown))
@@ -251,6 +269,8 @@ def _named(pair: tuple[str, tuple[int, ...]]) -> str:
 
 def part_of(name: str) -> str:
     """What a tensor belongs to."""
+    if re.search(r"\.lora_[AB]\.", name):
+        return "low-rank weights"
     if ".Plora_" in name:
         return "PLoRA"
     if adapter := re.search(r"\.lora_(\w+)_[AB]\.", name):
@@ -270,7 +290,11 @@ def count_parameters(findings: Findings) -> dict[str, int]:
 def weight_memory(findings: Findings) -> dict[str, int]:
     """Bytes that the weights take in memory, by type; `stored` is what they take on disk."""
     total = sum(count_parameters(findings).values())
-    linears = sum(math.prod(shape) for name, shape in findings.shapes.items() if LINEAR.search(name))
+    linears = sum(
+        math.prod(shape)
+        for name, shape in findings.shapes.items()
+        if LINEAR.search(name) or _FIRST_LINEAR.search(name)
+    )
     return {
         "stored": sum(header.num_bytes for header in findings.headers.values()),
         "float32": 4 * total,
@@ -292,9 +316,7 @@ class PictureCost:
     activation_bytes: int
 
 
-def picture_costs(
-    config: InternLMXcomposer2Config, size: tuple[int, int], num_bytes: int = 2
-) -> list[PictureCost]:
+def picture_costs(config: CheckpointConfig, size: tuple[int, int], num_bytes: int = 2) -> list[PictureCost]:
     """Tokens and memory of one picture of (height, width) pixels at each usual `hd_num`.
 
     Args:
@@ -304,9 +326,7 @@ def picture_costs(
     return [_cost(config, size, hd_num, num_bytes) for hd_num in budgets]
 
 
-def _cost(
-    config: InternLMXcomposer2Config, size: tuple[int, int], hd_num: int | None, num_bytes: int
-) -> PictureCost:
+def _cost(config: CheckpointConfig, size: tuple[int, int], hd_num: int | None, num_bytes: int) -> PictureCost:
     text, vision = config.text_config, config.vision_config
     grid = grid_of_image(config, *size, hd_num)
     tokens = tokens_of_grid(config, grid)

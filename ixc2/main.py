@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from ..configuration_internlm_xcomposer2 import TEXT_SIZES
+from ..configuration_internlm_xcomposer2 import FIRST_GENERATION, TEXT_SIZES
 from . import ask, pages
 from .adapters import export_adapters
 from .adopt import MAX_SHARD_SIZE, Adoption, adopt
@@ -288,7 +288,6 @@ def describe(findings: Findings) -> list[str]:
     config, text = findings.config, findings.config.text_config
     kind = "tiles" if config.is_tiled else "one square"
     num_bytes = sum(header.num_bytes for header in findings.headers.values())
-    adapters = ", ".join(f"{name} {rank}" for name, rank in text.task_adapters.items())
     heads = f"{text.num_attention_heads} heads, {text.num_key_value_heads} key-value heads"
     lines = [
         f"{findings.source}: InternLM-XComposer version {config.version}",
@@ -296,9 +295,7 @@ def describe(findings: Findings) -> list[str]:
         f"{config.vision_config.hidden_size} wide",
         f"decoder: {text.num_hidden_layers} layers {text.hidden_size} wide, {heads}, "
         f"vocabulary {text.vocab_size}",
-        f"PLoRA: rank {text.plora_rank}, alpha {text.plora_alpha}; "
-        f"on wqkv rank {text.plora_wqkv_rank}, alpha {text.plora_wqkv_alpha}",
-        f"task adapters: {adapters or 'none'}",
+        *_low_rank_lines(config),
         f"weights: {len(findings.paths)} {findings.paths[0].suffix} file(s), {_readable(num_bytes)}, "
         f"{str(findings.dtype).removeprefix('torch.')}",
     ]
@@ -312,6 +309,23 @@ def describe(findings: Findings) -> list[str]:
             f"{packed['method'].upper()}, groups of {packed['group_size']}"
         )
     return lines
+
+
+def _low_rank_lines(config) -> list[str]:
+    """The low-rank weights of a checkpoint in plain words."""
+    if config.version == FIRST_GENERATION:
+        lora = config.internlm_lora
+        if lora is None:
+            return ["low-rank weights: none, or folded"]
+        names = ", ".join(config.learn_param)
+        return [f"low-rank weights: rank {lora['lora_r']}, alpha {lora['lora_alpha']}, on {names}"]
+    text = config.text_config
+    adapters = ", ".join(f"{name} {rank}" for name, rank in text.task_adapters.items())
+    return [
+        f"PLoRA: rank {text.plora_rank}, alpha {text.plora_alpha}; "
+        f"on wqkv rank {text.plora_wqkv_rank}, alpha {text.plora_wqkv_alpha}",
+        f"task adapters: {adapters or 'none'}",
+    ]
 
 
 def _readable(num_bytes: int) -> str:
@@ -347,11 +361,11 @@ def report(findings: Findings, size: tuple[int, int]) -> dict:
             "tile_size": config.img_size,
             "vision_layers": config.vision_config.num_hidden_layers,
             "vision_width": config.vision_config.hidden_size,
-            "projector_input_size": config.projector_input_size,
+            "projector_input_size": getattr(config, "projector_input_size", None),
             "video_memory_size": config.video_memory_size,
-            **{name: getattr(text, name) for name in (*TEXT_SIZES, "plora_alpha", "plora_wqkv_alpha")},
+            **{name: getattr(text, name, None) for name in (*TEXT_SIZES, "plora_alpha", "plora_wqkv_alpha")},
         },
-        "task_adapters": text.task_adapters,
+        "task_adapters": getattr(text, "task_adapters", {}),
         "quantisation": quantisation_of(findings),
         "has_score_head": "score.weight" in findings.headers,
         "parameters": {**counts, "total": sum(counts.values())},

@@ -10,18 +10,21 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from ..configuration_internlm_xcomposer import CONFIG_AUTO_MAP as FIRST_AUTO_MAP
+from ..configuration_internlm_xcomposer import TOKENIZER_AUTO_MAP as FIRST_TOKENIZER_AUTO_MAP
 from ..configuration_internlm_xcomposer2 import (
     CONFIG_AUTO_MAP,
+    FIRST_GENERATION,
     IMAGE_PROCESSOR_AUTO_MAP,
     REWARD_AUTO_MAP,
     TOKENIZER_AUTO_MAP,
-    InternLMXcomposer2Config,
+    CheckpointConfig,
     is_reward,
 )
 from ..files_internlm_xcomposer2 import is_file, read_fields, read_small
 from ..image_processing_internlm_xcomposer2 import InternLMXComposer2ImageProcessor
-from ..processing_internlm_xcomposer2 import InternLMXComposer2Processor
-from ..tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
+from ..processing_internlm_xcomposer2 import InternLMXComposer2Processor, default_template
+from ..tokenization_internlm_xcomposer2 import tokenizer_class
 from .examine import Findings
 
 # The modules of the package, and nano's files beside them.
@@ -85,7 +88,7 @@ def _is_own(path: Path, source: Path) -> bool:
 def _modules(version: str) -> dict[str, bytes]:
     """The modules that remote code reaches from the classes named in an adopted directory, by name."""
     entries = [
-        *CONFIG_AUTO_MAP.values(),
+        *(FIRST_AUTO_MAP if version == FIRST_GENERATION else CONFIG_AUTO_MAP).values(),
         *IMAGE_PROCESSOR_AUTO_MAP.values(),
         TOKENIZER_AUTO_MAP["AutoTokenizer"][0],
     ]
@@ -125,6 +128,8 @@ def _fields_beside(findings: Findings, name: str, notes: list[str]) -> dict:
 def _config_bytes(findings: Findings) -> bytes:
     config = copy.deepcopy(findings.config)
     config.auto_map = REWARD_AUTO_MAP if is_reward(findings.headers) else CONFIG_AUTO_MAP
+    if config.version == FIRST_GENERATION:
+        config.auto_map = FIRST_AUTO_MAP
     config.architectures = [config.auto_map["AutoModel"].rsplit(".", 1)[1]]
     if findings.dtype.is_floating_point:
         config.dtype = findings.dtype
@@ -140,7 +145,7 @@ def _generation_fields(findings: Findings, notes: list[str]) -> dict:
     stops = [stops] if isinstance(stops, int) else list(stops or [])
     if findings.config.end_token_id not in stops and findings.config.end_token_id < text.vocab_size:
         stops.append(findings.config.end_token_id)
-    defaults = {"bos_token_id": text.bos_token_id, "pad_token_id": text.pad_token_id}
+    defaults = {"bos_token_id": text.bos_token_id, "pad_token_id": findings.config.pad_token_id}
     return {**defaults, **fields, "eos_token_id": stops}
 
 
@@ -152,7 +157,11 @@ def _tokenizer_files(findings: Findings, given: Path | None, notes: list[str]) -
     ours = read_fields(PACKAGE / "tokenizer_config.json")
     own = _fields_beside(findings, "tokenizer_config.json", notes)
     side = {"padding_side": ours["padding_side"]}  # pipelines pad batches by it
-    fields = {**side, **own, "tokenizer_class": ours["tokenizer_class"], "auto_map": ours["auto_map"]}
+    auto_map = ours["auto_map"]
+    if findings.config.version == FIRST_GENERATION:
+        auto_map = FIRST_TOKENIZER_AUTO_MAP
+    named = tokenizer_class(findings.config.version).__name__
+    fields = {**side, **own, "tokenizer_class": named, "auto_map": auto_map}
     files = {"tokenizer_config.json": json_bytes(fields)}
     for name in ("added_tokens.json", "special_tokens_map.json"):
         if is_file(findings.source / name):
@@ -170,7 +179,7 @@ def _tokenizer_files(findings: Findings, given: Path | None, notes: list[str]) -
     return files
 
 
-def _processor_files(config: InternLMXcomposer2Config) -> dict[str, bytes]:
+def _processor_files(config: CheckpointConfig) -> dict[str, bytes]:
     """The package's processor files, with the numbers of this checkpoint."""
     files = {}
     for name in _PROCESSOR_FILES:
@@ -179,14 +188,18 @@ def _processor_files(config: InternLMXcomposer2Config) -> dict[str, bytes]:
             files[name] = json_bytes(_with_numbers_of(config, read_fields(path)))
         elif path.is_file():
             files[name] = path.read_bytes()
+    if config.version == FIRST_GENERATION:
+        files["chat_template.jinja"] = default_template(config.version).encode()
     return files
 
 
-def _with_numbers_of(config: InternLMXcomposer2Config, fields: dict) -> dict:
+def _with_numbers_of(config: CheckpointConfig, fields: dict) -> dict:
     """These fields, nested ones included, with the processor's numbers for this configuration."""
     image_processor = InternLMXComposer2ImageProcessor.for_config(config)
     known = {"image_token_id": config.image_token_id, **vars(image_processor)}
     numbers = {name: known[name] for name in fields if name in known and name != "auto_map"}
+    if "tile_tokens_per_side" in numbers and "tokens_per_square" in known:
+        numbers["tokens_per_square"] = known["tokens_per_square"]
     nested = {name: _with_numbers_of(config, part) for name, part in fields.items() if isinstance(part, dict)}
     return {**fields, **nested, **numbers}
 
@@ -196,7 +209,7 @@ def _check_by_loading(files: dict[str, bytes], findings: Findings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             Path(folder, name).write_bytes(content)
-        tokenizer = InternLMXComposer2Tokenizer.from_pretrained(folder)
+        tokenizer = tokenizer_class(findings.config.version).from_pretrained(folder)
         num_rows = findings.config.text_config.vocab_size
         if tokenizer.vocab_size > num_rows:
             raise ValueError(
