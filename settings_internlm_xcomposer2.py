@@ -127,10 +127,11 @@ def check_settings(model: nn.Module, settings: Mapping[str, object]) -> None:
     Args:
         settings: everything that `generate` gets, except for the prompt and its images.
     """
-    check_values(model.config.text_config, settings)
+    check_numbers(settings)
     num_beams = setting(model, settings, "num_beams") or 1
     if settings.get("streamer") is not None and num_beams > 1:
         raise ValueError(f"a streamer shows one answer as it grows, but num_beams is {num_beams}; use 1")
+    check_values(model.config.text_config, settings)
     config = _generation_config(model, settings)
     if config.stop_strings is not None and settings.get("tokenizer") is None:
         raise ValueError("stop_strings need the tokenizer; pass tokenizer= too")

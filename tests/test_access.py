@@ -209,9 +209,10 @@ def test_base64_does_not_tell_which_files_exist(served, tmp_path):
     there.touch()
     said = set()
     for name in (str(there), str(there)[:-1] + "b"):
-        name = name if len(name) % 4 == 1 else name + "/" * ((5 - len(name) % 4) % 4)
+        name = name.replace("_", "").replace("-", "")
+        name += "/" * ((1 - len(name)) % 4)  # of no length that base64 has
         with pytest.raises(ValueError) as raised:
-            load_image(as_source(name.replace("_", "").replace("-", "")))
+            load_image(as_source(name))
         said.add(str(raised.value).replace(name, ""))
     assert all("neither a file nor valid base64" in text or "may not be read" in text for text in said)
 

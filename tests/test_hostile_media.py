@@ -85,7 +85,7 @@ NUMBERS = [
 EDITS = st.lists(
     st.tuples(
         st.sampled_from(["byte", "flip", "number", "little", "cut", "drop", "double", "move"]),
-        st.floats(0, 1),
+        st.floats(0, 1, allow_subnormal=False),
         st.integers(0, 255),
         st.sampled_from(NUMBERS),
     ),
