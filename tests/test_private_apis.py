@@ -295,6 +295,15 @@ def _():
     torch.testing.assert_close(product.float(), exact, rtol=0.01, atol=0.01)
 
 
+@entry("aten._weight_int8pack_mm")
+def _():
+    codes = torch.randint(-128, 128, (64, 32), dtype=torch.int8)
+    x, scales = torch.randn(3, 32).bfloat16(), torch.rand(64).bfloat16()
+    product = torch.ops.aten._weight_int8pack_mm(x, codes, scales)
+    exact = x.float() @ (codes.float() * scales.float()[:, None]).T
+    torch.testing.assert_close(product.float(), exact, rtol=0.02, atol=0.5)
+
+
 @entry("aten._weight_int4pack_mm, _convert_weight_to_int4pack")
 def _():
     """Their shapes: no GPU has run them here."""
