@@ -293,8 +293,8 @@ def pack_int4(values: Tensor) -> Tensor:
     """(out, in) integers from 0 to 15 -> what the kernel of their device reads."""
     if values.device.type == "cpu":
         return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int().contiguous(), 1)
-    pairs = values.to(torch.uint8).unflatten(1, (-1, 2))
-    return torch.ops.aten._convert_weight_to_int4pack(pairs[..., 0] << 4 | pairs[..., 1], _INNER_TILES)
+    high, low = values.to(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    return torch.ops.aten._convert_weight_to_int4pack(high << 4 | low, _INNER_TILES)
 
 
 def multiply_int4(x: Tensor, packed: Tensor, group_size: int, scales_and_zeros: Tensor) -> Tensor:
