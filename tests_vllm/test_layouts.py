@@ -29,7 +29,7 @@ def test_answers_of_a_published_checkpoint(layout, published):
     asked = LAYOUT_QUESTIONS
     expected = answers_of_chat(path, asked)
     penalised = answers_of_chat(path, asked, repetition_penalty=1.2)
-    assert len({tuple(answer.ids) for answer in expected}) > 2  # the questions matter
+    assert len({tuple(answer.ids) for answer in expected}) > 1  # the questions matter
     with engine(path) as llm:
         cold = []
         for question in asked:
