@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -191,8 +192,11 @@ def test_an_example_with_its_tiles(site, visit):
     expect_answers(page, "ART")
 
 
-def test_an_answer_can_be_stopped(serve, visit):
-    page = visit(serve(chat.build, endless_service()))
+def test_an_answer_can_be_stopped(serve, visit, request):
+    service = endless_service()
+    slow = service.model.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))  # half a minute in all
+    request.addfinalizer(slow.remove)
+    page = visit(serve(chat.build, service))
     ask(page, "Go on.")
     expect(answers(page)).to_have_text(re.compile(r".{20}", re.DOTALL), timeout=SECONDS * 1000)
     page.click("#question .stop-button")
