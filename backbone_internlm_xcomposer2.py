@@ -307,14 +307,12 @@ class BackboneMixin:
             raise ValueError("pass exactly one of input_ids, inputs_embeds and samples")
         if inputs_embeds is not None and pixel_values is not None:
             raise ValueError("inputs_embeds already hold the pictures; pass pixel_values with input_ids")
-        if input_ids is not None:
-            check_ids(input_ids, self.config.text_config.vocab_size)
         if kwargs.get("position_ids") is None:  # they can separate conversations that are packed into a row
-            tokens = input_ids if inputs_embeds is None else inputs_embeds
-            check_length(tokens.shape[1] if tokens.ndim > 1 else 0, (), context_length(self.config))
+            shape = getattr(input_ids if inputs_embeds is None else inputs_embeds, "shape", ())
+            check_length(shape[1] if len(shape) > 1 else 0, (), context_length(self.config))
         if inputs_embeds is None:
-            self._check_pictures_present(input_ids, pixel_values, im_mask, cache)
             inputs_embeds, found = self.embed_inputs(input_ids, pixel_values, image_grid_hw, im_mask)
+            self._check_pictures_present(input_ids, pixel_values, im_mask, cache)
             im_mask = im_mask if found is None else found
         if for_loss and (im_mask is None or not im_mask.any()) and self._must_see_pictures():
             inputs_embeds = self._pass_blank_picture(inputs_embeds)

@@ -272,10 +272,17 @@ def check_characters(tokenizer, texts: Iterable[str], limit: int | None) -> None
 
     Of a very long text only as much is encoded as is needed to know.
     """
-    text = "".join(texts)
     if limit is None:
         return
+    text = "".join(texts)
     size = CHARACTERS_PER_TOKEN * limit
+    if size < len(text):
+        longest = max(map(len, tokenizer.get_vocab()))  # a run of spaces can be one piece
+        if len(text) > longest * limit:
+            raise ValueError(
+                f"the text has {len(text)} characters, at least {len(text) // longest} tokens, but the "
+                f"context holds {limit}; shorten the text or the history"
+            )
     while size < len(text):
         num_tokens = len(encode_text(tokenizer, text[:size], add_special_tokens=False))
         if num_tokens > limit:

@@ -288,7 +288,7 @@ def test_all_dialogues_together_keep_only_so_much():
 
 
 def test_unexpected_errors_say_nothing_of_the_server():
-    text = as_text(RuntimeError("/root/secret failed"))
+    text = as_text(RuntimeError("/srv/secret failed"))
     assert "secret" not in text and "RuntimeError" in text
 
 
