@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +79,19 @@ def decoding_settings(options: argparse.Namespace, defaults: dict | None = None)
     return settings
 
 
+@contextmanager
+def _bars_on_a_terminal() -> Iterator[None]:
+    """Without the library's progress bars, unless somebody watches; afterwards they are as before."""
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
 def load_engine(options: argparse.Namespace, adapters: tuple[str, ...] | None = ()) -> Engine:
     """Load the model that the options name.
 
@@ -90,12 +105,11 @@ def load_engine(options: argparse.Namespace, adapters: tuple[str, ...] | None = 
     if options.model is None and not NANO.is_file():
         raise FileNotFoundError(f"there is no checkpoint in {PACKAGE}; pass --model, or install a clone")
     source = str(PACKAGE) if options.model is None else options.model
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(source)
     is_gguf = (Path(source) / DECODER).is_file()
     load = _load_gguf if options.backend == "llama.cpp" or (options.backend is None and is_gguf) else _load
-    model = load(source, options, adapters)
+    with _bars_on_a_terminal():
+        model = load(source, options, adapters)
     model.tokenizer = tokenizer
     return Engine(model, tokenizer, source)
 
