@@ -57,6 +57,7 @@ class Guard:
             return
         refused = refusal(scope["method"], scope["path"], Headers(scope=scope), self.folder)
         if refused is not None:
+            await discard(receive, MAX_UPLOAD_BYTES)
             await PlainTextResponse(refused[1], status_code=refused[0])(scope, receive, send)
             return
 
@@ -68,6 +69,14 @@ class Guard:
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
+
+
+async def discard(receive: Receive, most: int) -> None:
+    """Take in what is still being sent, at most `most` bytes and some: an answer before is lost with the connection."""
+    taken, goes_on = 0, True
+    while goes_on and taken < most:
+        message = await receive()
+        taken, goes_on = taken + len(message.get("body", b"")), message.get("more_body", False)
 
 
 def refusal(method: str, path: str, headers: Headers, folder: Path) -> tuple[int, str] | None:
