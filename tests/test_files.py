@@ -32,6 +32,7 @@ from internlm_xcomposer2.files_internlm_xcomposer2 import (
 from internlm_xcomposer2.ixc2 import adopt as adopting
 from internlm_xcomposer2.ixc2.adopt import adopt
 from internlm_xcomposer2.ixc2.main import main
+from internlm_xcomposer2.ixc2.quantize import quantize
 from safetensors.torch import load_file, save_file
 
 # Names that lead out of a directory on some system, or that are no names.
@@ -306,11 +307,11 @@ import os, sys
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
 import torch
 torch.set_num_threads(1)
-from helpers import tiny_model
-from internlm_xcomposer2 import files_internlm_xcomposer2 as files
+from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, files_internlm_xcomposer2 as files
 import transformers.modeling_utils as library
 
-target, size, moment = sys.argv[3], sys.argv[4], int(sys.argv[5])
+source, target, size, moment = *sys.argv[3:6], int(sys.argv[6])
+model = InternLMXComposer2ForCausalLM.from_pretrained(source)
 calls = iter(range(1000))
 def dying(function):
     def call(*args, **kwargs):
@@ -322,13 +323,13 @@ if moment < 100:
     library.safe_save_file = dying(library.safe_save_file)
 else:
     files._move = dying(files._move)
-tiny_model("2.5", seed=2).save_pretrained(target, max_shard_size=size)
+model.save_pretrained(target, max_shard_size=size)
 """
 
 
-def killed_save(target: Path, size: str, moment: int) -> None:
-    paths = [str(ROOT / "tests"), str(ROOT)]
-    command = [sys.executable, "-c", KILLED_SAVE, *paths, str(target), size, str(moment)]
+def killed_save(source: Path, target: Path, size: str, moment: int) -> None:
+    places = [ROOT / "tests", ROOT, source, target]
+    command = [sys.executable, "-c", KILLED_SAVE, *map(str, places), size, str(moment)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 9, run.stderr[-2000:]
 
@@ -337,15 +338,33 @@ def killed_save(target: Path, size: str, moment: int) -> None:
 @pytest.mark.parametrize(("size", "moment"), [("20KB", 2), ("5GB", 0)])
 def test_a_kill_while_shards_are_written_leaves_the_old_ones(tmp_path, size, moment):
     old, new = old_and_new()
-    old.save_pretrained(tmp_path, max_shard_size="20KB")
-    before = content_of(tmp_path)
-    killed_save(tmp_path, size, moment)
-    now = content_of(tmp_path)
+    new.save_pretrained(tmp_path / "new")
+    target = tmp_path / "old"
+    old.save_pretrained(target, max_shard_size="20KB")
+    before = content_of(target)
+    killed_save(tmp_path / "new", target, size, moment)
+    now = content_of(target)
     assert {name: now[name] for name in before} == before
-    assert torch.equal(logits_of(InternLMXComposer2ForCausalLM.from_pretrained(tmp_path)), logits_of(old))
-    new.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert set(content_of(tmp_path)) == set(before)
-    assert torch.equal(logits_of(InternLMXComposer2ForCausalLM.from_pretrained(tmp_path)), logits_of(new))
+    assert torch.equal(logits_of(InternLMXComposer2ForCausalLM.from_pretrained(target)), logits_of(old))
+    new.save_pretrained(target, max_shard_size="20KB")
+    assert set(content_of(target)) == set(before)
+    assert torch.equal(logits_of(InternLMXComposer2ForCausalLM.from_pretrained(target)), logits_of(new))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "stays"), [(1, True), (101, False)])
+def test_a_kill_while_4_bit_weights_are_saved_leaves_no_mixture(tmp_path, moment, stays):
+    """Killed while it writes, the full weights stay; while it moves, the 4-bit ones are all there."""
+    old, new = old_and_new(hidden_size=64, num_attention_heads=2)
+    new.save_pretrained(tmp_path / "new")
+    quantize(tmp_path / "new", tmp_path / "4-bit", bits=4)
+    packed = InternLMXComposer2ForCausalLM.from_pretrained(tmp_path / "4-bit", dtype="float32")
+    target = tmp_path / "old"
+    old.save_pretrained(target)
+    killed_save(tmp_path / "4-bit", target, "100KB", moment)
+    loaded = InternLMXComposer2ForCausalLM.from_pretrained(target, dtype="float32")
+    assert torch.equal(logits_of(loaded), logits_of(old if stays else packed))
+    assert ("quantization_config" in read_json(target / "config.json")) is not stays
 
 
 @pytest.mark.parametrize("moment", range(8))
