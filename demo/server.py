@@ -72,7 +72,7 @@ class Guard:
 
 
 async def discard(receive: Receive, most: int) -> None:
-    """Take in what is still being sent, at most `most` bytes and some, because an answer before it is lost."""
+    """Take in what is still being sent, at most about `most` bytes: an answer before it is lost."""
     taken, goes_on = 0, True
     while goes_on and taken < most:
         message = await receive()

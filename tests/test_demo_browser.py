@@ -487,9 +487,7 @@ def test_requests_from_other_sites_are_refused(site):
 def test_what_is_too_large_is_refused(site, monkeypatch):
     upload, join = f"{site}/gradio_api/upload", f"{site}/gradio_api/queue/join"
     assert status_of(join, b" " * (server.MAX_REQUEST_BYTES + 1)) == 413
-    assert (
-        status_of(join, b" " * (32 << 20)) == 413
-    )  # more than a socket holds
+    assert status_of(join, b" " * (32 << 20)) == 413  # more than a socket holds
     assert status_of(join, iter([b" "])) == 411
     form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\na\r\n--x--\r\n'
     kind = {"Content-Type": "multipart/form-data; boundary=x"}
