@@ -12,7 +12,7 @@ from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.clip import CLIPVisionModel
-from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal, SupportsPP
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsMultiModal, SupportsPP, SupportsQuant
 from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.utils import AutoWeightsLoader, PPMissingLayer, WeightsMapper, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -36,7 +36,7 @@ NAMES = WeightsMapper(
         re.compile(r"\.position_ids$"): None,
         re.compile(r"^vit\..*\.post_layernorm\."): None,
         re.compile(r"^video_mem_proj\."): None,
-        re.compile(r"\.(wqkv|wo|w1|w2|w3)\.linear\."): r".\1.",
+        re.compile(r"\.(wqkv|wo|w1|w2|w3)\.linear(?=\.|$)"): r".\1",
         re.compile(r"\.(wqkv|wo|w2)\.Plora_([AB])\.weight$"): r".\1_plora.\2",
     },
     orig_to_new_stacked={
@@ -69,7 +69,7 @@ class Tower(nn.Module):
 @MULTIMODAL_REGISTRY.register_processor(
     FamilyMultiModalProcessor, info=FamilyProcessingInfo, dummy_inputs=FamilyDummyInputs
 )
-class InternLMXComposer2ForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
+class InternLMXComposer2ForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA, SupportsQuant):
     """Tower, projector and decoder, with the interfaces of vLLM's models."""
 
     packed_modules_mapping = {"wqkv": ["wqkv"], "gate_up_proj": ["w1", "w3"]}
@@ -85,7 +85,6 @@ class InternLMXComposer2ForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, S
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.config, self.text_config = config, vllm_config.model_config.hf_text_config
-        self.quant_config = vllm_config.quant_config
         hidden, width = self.text_config.hidden_size, config.projector_input_size
         with self._mark_tower_model(vllm_config, {IMAGE, VIDEO}):
             self.vit = Tower(config.vision_config, maybe_prefix(prefix, "vit"))
