@@ -1,4 +1,4 @@
-"""Checkpoints in 4 bits on vLLM's own kernels: nano in both formats, and those that vLLM has no kernel for."""
+"""4-bit checkpoints on vLLM's own kernels: nano in both formats, and those that vLLM has no kernel for."""
 
 import shutil
 from pathlib import Path
