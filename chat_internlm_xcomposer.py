@@ -183,12 +183,10 @@ class TurnStream(ChatStream):
         said: the (tokens, hidden) embeddings of the question's pictures, and whether its markup counts.
     """
 
-    end = END_OF_ANSWER
-
     def __init__(
         self, writer: AnswerWriter, generate: Callable, query: str, turns, said: tuple[list[Tensor], bool]
     ) -> None:
-        super().__init__(writer, generate, query, turns)
+        super().__init__(writer, generate, query, turns, END_OF_ANSWER)
         self._said = said
 
     def _turn(self) -> Turn:
@@ -308,7 +306,7 @@ class FirstChatMixin:
         settings = self._settings(tokenizer, **settings)
         turns = check_history(text, history)
         said = plain_text(tokenizer, text, allow_markup)
-        (pictures,) = self._encode_all([image], [(said, turns)])
+        (pictures,) = self._encode_all(tokenizer, [image], [(said, turns)])
         prompt = plan_segments(self.config, prompt_segments(tokenizer, said, pictures, turns))
         earlier = getattr(history, "prompt_cache", None)
         (sequence,), cache = self._answer([prompt], settings, earlier, keep=reuse)
@@ -340,14 +338,18 @@ class FirstChatMixin:
         Raises:
             ValueError, TypeError, FileNotFoundError: anything wrong with the arguments, before any compute.
         """
-        tokenizer = self._own_tokenizer()
+        return self._batch_chat(self._own_tokenizer(), texts, images, histories, allow_markup, **settings)
+
+    def _batch_chat(
+        self, tokenizer, texts: Sequence[str], images, histories, allow_markup: bool, **settings
+    ) -> list[tuple[str, ChatHistory]]:
         check_batch(texts, images, histories, settings)
         settings = self._settings(tokenizer, len(texts), **settings)
         nothing = [None] * len(texts)
         turns = [check_history(*pair) for pair in zip(texts, histories or nothing, strict=True)]
         said = [plain_text(tokenizer, text, allow_markup) for text in texts]
         asked = list(zip(said, turns, strict=True))
-        pictures = self._encode_all(images or nothing, asked)
+        pictures = self._encode_all(tokenizer, images or nothing, asked)
         prompts = [
             plan_segments(self.config, prompt_segments(tokenizer, text, rows, earlier))
             for (text, earlier), rows in zip(asked, pictures, strict=True)
@@ -360,6 +362,14 @@ class FirstChatMixin:
                 answers, texts, turns, pictures, sequences, strict=True
             )
         ]
+
+    @torch.no_grad()
+    @leaves_autocast
+    def _ask_about(self, tokenizer, question: str, images: Sequence, **settings) -> list[str]:
+        """One question about each of several pictures -> the answers, for `Composer`."""
+        questions = [question] * len(images)
+        answers = self._batch_chat(tokenizer, questions, images, None, False, **settings)
+        return [answer for answer, _ in answers]
 
     @torch.no_grad()
     def chat_stream(
@@ -389,7 +399,7 @@ class FirstChatMixin:
         settings = self._settings(tokenizer, **settings)
         turns = check_history(text, history)
         said = plain_text(tokenizer, text, allow_markup)
-        (pictures,) = self._encode_all([image], [(said, turns)])
+        (pictures,) = self._encode_all(tokenizer, [image], [(said, turns)])
         prompt = plan_segments(self.config, prompt_segments(tokenizer, said, pictures, turns))
         earlier = getattr(history, "prompt_cache", None)
 
@@ -398,7 +408,9 @@ class FirstChatMixin:
 
         return TurnStream(writer, generate, text, turns, (pictures, allow_markup))
 
-    def _encode_all(self, images: Sequence, asked: Sequence[tuple[str, History]]) -> list[list[Tensor]]:
+    def _encode_all(
+        self, tokenizer, images: Sequence, asked: Sequence[tuple[str, History]]
+    ) -> list[list[Tensor]]:
         """The pictures of each question -> the (tokens, hidden) embeddings of each, in one pass of the tower.
 
         Args:
@@ -408,7 +420,7 @@ class FirstChatMixin:
         blank = torch.empty(self.config.tokens_per_square, 0)
         for (text, turns), visuals in zip(asked, rows, strict=True):
             blanks = [blank] * len(visuals)
-            plan_segments(self.config, prompt_segments(self.tokenizer, text, blanks, turns))
+            plan_segments(self.config, prompt_segments(tokenizer, text, blanks, turns))
         if not any(rows):
             return [[] for _ in rows]
         pixels, _ = prepare_visuals([visual for visuals in rows for visual in visuals], self.config, 1)

@@ -87,16 +87,15 @@ class ChatStream(Iterator[str]):
         end: the mark that ends an answer, which is never shown.
     """
 
-    end = END_OF_TURN
-
     def __init__(
         self,
         writer: AnswerWriter,
         generate: Callable[[], PromptCache | None],
         query: str,
         turns: Sequence[tuple[str, str]],
+        end: str = END_OF_TURN,
     ) -> None:
-        self.response = ""
+        self.response, self.end = "", end
         self._query, self._turns, self._kept = query, list(turns), Future()
         self._writer, self._generate = writer, generate
         self._thread: threading.Thread | None = None

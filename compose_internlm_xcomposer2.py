@@ -22,7 +22,6 @@ from .chat_internlm_xcomposer2 import AnswerWriter, ChatStream
 from .compose_prompts_internlm_xcomposer2 import (
     INSERTIONS,
     LETTERS,
-    META_INSTRUCTION,
     ComposerPrompt,
     Step,
     build_prompt,
@@ -51,7 +50,7 @@ from .prompt_internlm_xcomposer2 import (
     join_prompt,
 )
 from .sources_internlm_xcomposer2 import PictureSource, as_source, find_candidates
-from .tokenization_internlm_xcomposer2 import IMAGE_MARK, markup_of
+from .tokenization_internlm_xcomposer2 import IMAGE_MARK, end_mark, markup_of
 from .writing_internlm_xcomposer2 import NO_SEED, check_seed, seeded_generators
 
 NUM_CANDIDATES = 4
@@ -80,12 +79,16 @@ class LetterScores(LogitsProcessor):
         return masked
 
 
-def letter_ids(tokenizer, before: str, num_letters: int) -> list[int]:
-    """The ids of the first letters where they follow `before`."""
+def letter_ids(tokenizer, before: str, num_letters: int, sign: str = "") -> list[int]:
+    """The ids of the first letters where they follow `before`.
+
+    Args:
+        sign: what is between that and the letter, if one piece has both.
+    """
     known = tokenizer(before, add_special_tokens=False)["input_ids"]
     ids = []
     for letter in LETTERS[:num_letters]:
-        with_letter = tokenizer(before + letter, add_special_tokens=False)["input_ids"]
+        with_letter = tokenizer(before + sign + letter, add_special_tokens=False)["input_ids"]
         stands_alone = with_letter[:-1] == known
         ids.append(with_letter[-1] if stands_alone else tokenizer.convert_tokens_to_ids(letter))
     return ids
@@ -98,7 +101,7 @@ class Composer:
     made of pictures, are kept from step to step, so use one composer for one article.
 
     Args:
-        model: a chat model of version 2 or 2.5, or another engine with its `_answer`.
+        model: a chat model of version 1.0, 2 or 2.5, or another engine with its `_answer`.
         tokenizer: `model.tokenizer` by default.
         hd_num: how many local tiles a picture may be cut into. By default 18 in version 2.5, or fewer if the
             checkpoint's own default is less, or as many as a prompt has room for.
@@ -107,11 +110,11 @@ class Composer:
         use_meta: whether the system text of the demos goes first.
         choose_by: `"logits"` takes the candidate whose letter is most likely, `"text"` generates an answer
             and reads the letter in it, as published.
-        infer_mode: which task adapters act, `"write"` in version 2.5 and `"base"` in 2 by default.
+        infer_mode: which task adapters act, `"write"` in version 2.5 and else `"base"` by default.
         fill_spots: whether lines are added when the model names fewer than asked for.
         max_new_tokens: the length of the article, by default that of the demos, or what the context leaves.
         reuse: whether computed keys and values are kept.
-        settings: how tokens of all texts are chosen, as in `chat`; sampling as published by default.
+        settings: how tokens of all texts are chosen, as in `chat`; as published for each step by default.
 
     Raises:
         ValueError, TypeError: an argument, the version or the tokenizer is unusable.
@@ -142,10 +145,10 @@ class Composer:
         self.hd_num = min(self.rules.hd_num, self.config.hd_num) if hd_num is None else check_hd_num(hd_num)
         self.has_own_tiles = hd_num is not None
         self.seed, self.choose_by, self.reuse, self.adds_spots = seed, choose_by, reuse, fill_spots
-        self.markup, self.meta = markup_of(self.tokenizer), META_INSTRUCTION if use_meta else ""
+        self.markup, self.meta = markup_of(self.tokenizer), self.rules.meta_instruction if use_meta else ""
         self.infer_mode = self.rules.infer_mode if infer_mode is None else infer_mode
         self.max_new_tokens = max_new_tokens
-        self.settings = {**self.rules.sampling, **settings}
+        self.settings = settings
         self._settings_of(self.rules.article)  # raises what is wrong with them
         self._kept: dict[str, PromptCache | None] = {}
         self._visuals: dict[Hashable, Visual] = {}
@@ -259,9 +262,14 @@ class Composer:
         """
         writer = AnswerWriter(self.tokenizer)
         stream = {"streamer": writer, "stopping_criteria": [writer.stopping_criterion]}
+        stream["num_beams"] = self.settings.get("num_beams", 1)  # several can't be shown as they grow
         prompt = self._article_prompt(instruction, images)
         step, key = self.rules.article, "article"
-        return ChatStream(writer, lambda: self._run(step, prompt, key, "text", **stream)[1], instruction, ())
+
+        def generate() -> PromptCache | None:
+            return self._run(step, prompt, key, "text", **stream)[1]
+
+        return ChatStream(writer, generate, instruction, (), end_mark(self.config.version))
 
     def article_of(self, instruction: str, text: str) -> Article:
         """A text as an article without pictures."""
@@ -358,10 +366,13 @@ class Composer:
         rules, candidates = self.rules, picture_at(article, line).candidates
         step = replace(rules.choice, opening=rules.choice.opening + rules.before_letter, max_new_tokens=1)
         prompt = self._choice_prompt(step, article, line)
-        scores = LetterScores(letter_ids(self.tokenizer, step.opening, len(candidates)))
+        forms = [
+            letter_ids(self.tokenizer, step.opening, len(candidates), sign) for sign in rules.letters_after
+        ]
+        scores = LetterScores([token for ids in forms for token in ids])
         plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
         self._run(step, prompt, f"choice {line}", "choice", **plain, logits_processor=[scores])
-        return scores.probabilities
+        return [sum(scores.probabilities[i :: len(candidates)]) for i in range(len(candidates))]
 
     def edit(self, article: Article, index: int, action: str, material: str = "") -> Article:
         """The article with one paragraph changed, or another one next to it.
@@ -393,14 +404,9 @@ class Composer:
 
     def describe(self, images: Sequence[Image.Image], question: str) -> list[str]:
         """An answer about each picture, as captions of a folder."""
-        answers = self.model.batch_chat(
-            self.tokenizer,
-            [f"{IMAGE_MARK}{question}"] * len(images),
-            list(images),
-            max_new_tokens=CAPTION_LENGTH,
-            do_sample=False,
-        )
-        return [answer.strip() for answer, _ in answers]
+        plain = {"max_new_tokens": CAPTION_LENGTH, "do_sample": False, "num_beams": 1}
+        answers = self.model._ask_about(self.tokenizer, question, list(images), **plain)
+        return [answer.strip() for answer in answers]
 
     # ---- prompts and answers ----
 
@@ -466,7 +472,8 @@ class Composer:
 
     def _settings_of(self, step: Step, **changes) -> dict:
         """`generate`'s arguments for one step."""
-        settings = {"infer_mode": self.infer_mode, **self.settings, **changes}
+        published = {**self.rules.sampling, **step.decoding}
+        settings = {"infer_mode": self.infer_mode, **published, **self.settings, **changes}
         if not settings["do_sample"]:
             settings = {name: value for name, value in settings.items() if name not in SAMPLING}
         length = step.max_new_tokens
@@ -492,7 +499,8 @@ class Composer:
     def _ask(self, step: Step, prompt: ChatPrompt, key: str, *, keep: str | None = None, **changes) -> str:
         """The answer to a prompt, without markup and what follows it."""
         ids, _ = self._run(step, prompt, key, keep, **changes)
-        return cut_response(self.tokenizer.decode(ids, skip_special_tokens=True))
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return cut_response(text, end_mark(self.config.version))
 
     def _check_pictures(
         self, images: object, source: object, num_pictures: int | None
@@ -579,3 +587,9 @@ class ComposeMixin:
     def composer(self, tokenizer=None, **settings) -> Composer:
         """The steps of `compose`, to be called one by one."""
         return Composer(self, tokenizer, **settings)
+
+    def _ask_about(self, tokenizer, question: str, images: Sequence[Image.Image], **settings) -> list[str]:
+        """One question about each of several pictures -> the answers."""
+        questions = [f"{IMAGE_MARK}{question}"] * len(images)
+        answers = self.batch_chat(tokenizer, questions, list(images), **settings)
+        return [answer for answer, _ in answers]

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
-from .prompt_internlm_xcomposer2 import format_prompt
-from .tokenization_internlm_xcomposer2 import Markup
+from .configuration_internlm_xcomposer2 import FIRST_GENERATION
+from .prompt_internlm_xcomposer2 import FIRST_META_INSTRUCTION, format_first_system, format_prompt
+from .tokenization_internlm_xcomposer2 import BOT_OPENING, END_OF_QUESTION, USER_OPENING, Markup
 
 # ---- what the versions ask ----
 
@@ -55,12 +56,16 @@ class Step:
         opening: how the answer begins.
         max_new_tokens: how long the rest of it may become.
         system: a system text of its own, whether or not one was asked for.
+        turn: what surrounds the question, if it isn't a turn of the second generation.
+        decoding: how its tokens are chosen, where that differs from the other steps.
     """
 
     question: str
     opening: str = ""
     max_new_tokens: int = 200
     system: str | None = None
+    turn: tuple[str, str] | None = None
+    decoding: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,12 @@ class ComposerRules:
         infer_mode: which task adapters act, except when a paragraph is changed.
         caption_end: whether a caption ends at the `"first"` or the `"last"` quotation mark.
         before_letter: what the model writes before the letter of its choice.
+        letters_after: what may be between that and the letter.
         max_prompt: the longest prompt, in tokens.
         max_lines: how many lines of an article count.
         hd_num: how many local tiles a picture may be cut into, by the rule `layout` of `TILE_RULES`.
         sampling: how tokens are chosen.
+        meta_instruction: the system text, for those who ask for one.
     """
 
     article: Step
@@ -89,6 +96,7 @@ class ComposerRules:
     hd_num: int
     layout: str | None = None
     before_letter: str = ":"
+    letters_after: tuple[str, ...] = ("",)
     max_lines: int = 60
     sampling: Mapping[str, object] = field(
         default_factory=lambda: {
@@ -100,6 +108,7 @@ class ComposerRules:
             "length_penalty": 1.0,
         }
     )
+    meta_instruction: str = META_INSTRUCTION
 
 
 _EDITS = {
@@ -132,7 +141,49 @@ _TWO = ComposerRules(
     max_prompt=4096,
     hd_num=1,
 )
+# A turn of the first generation. Its demo sets blanks and line ends in each step in a way of its own.
+_FIRST_TURN = (USER_OPENING, f"\n{END_OF_QUESTION}{BOT_OPENING}")
+_FIRST_CHOICE = (f" {USER_OPENING}", f"\n\n{END_OF_QUESTION} {END_OF_QUESTION}{BOT_OPENING}")
+_ONE = ComposerRules(
+    article=Step(
+        "{pictures}根据给定标题写一个图文并茂，不重复的文章：{instruction}",
+        max_new_tokens=999,
+        turn=_FIRST_TURN,
+        decoding={"repetition_penalty": 5.0},
+    ),
+    spots=replace(
+        _TWO.spots,
+        question=f"{_TWO.spots.question} ",
+        max_new_tokens=299,
+        turn=_FIRST_TURN,
+        decoding={"repetition_penalty": 1.0},
+    ),
+    caption=Step(
+        f" {_CAPTION} ",
+        ' 标题是"',
+        max_new_tokens=99,
+        turn=_FIRST_TURN,
+        decoding={"num_beams": 1, "repetition_penalty": 5.0},
+    ),
+    choice=Step(
+        "根据给定上下文和候选图像，选择合适的配图：{text}\n\n候选图像包括: {offer}",
+        "最合适的图是",
+        max_new_tokens=9,
+        turn=_FIRST_CHOICE,
+        decoding={"repetition_penalty": 1.0},
+    ),
+    edits={name: replace(step, turn=_FIRST_TURN) for name, step in _EDITS.items()},
+    infer_mode="base",
+    caption_end="first",
+    max_prompt=1681,
+    hd_num=1,
+    before_letter="",
+    letters_after=("", " "),
+    sampling={"do_sample": False, "num_beams": 5, "repetition_penalty": 1.5, "length_penalty": 1.0},
+    meta_instruction=FIRST_META_INSTRUCTION,
+)
 COMPOSERS = {
+    FIRST_GENERATION: _ONE,
     "2": _TWO,
     "2.5": replace(
         _TWO,
@@ -193,8 +244,7 @@ def build_prompt(
         said = [str(value)] if isinstance(value, str | int) else value
         plain = [markup.hide(piece, with_marks=True) if isinstance(piece, str) else piece for piece in said]
         pieces += [literal, *plain]
-    turn = format_prompt("\0", (), meta if step.system is None else step.system)
-    before, after = turn.split("\0")
+    before, after = surroundings(step, meta)
     texts, pictures = [""], []
     for piece in [before, *pieces, after, step.opening]:
         if isinstance(piece, str):
@@ -203,6 +253,16 @@ def build_prompt(
             pictures.append(piece)
             texts.append("")
     return ComposerPrompt(tuple(texts), tuple(pictures))
+
+
+def surroundings(step: Step, meta: str = "") -> tuple[str, str]:
+    """What is before and after the question of a step, up to where the answer begins."""
+    if step.turn is None:
+        turn = format_prompt("\0", (), meta if step.system is None else step.system)
+        before, after = turn.split("\0")
+        return before, after
+    before, after = step.turn
+    return f"{format_first_system(meta)}{before}" if meta else before, after
 
 
 def number_lines(lines: Sequence[str], start: int = 0) -> str:

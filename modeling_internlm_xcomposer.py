@@ -32,6 +32,7 @@ from .backbone_internlm_xcomposer2 import BackboneMixin
 from .build_mlp import is_frozen, is_sharded, leaves_autocast
 from .cache_internlm_xcomposer2 import CACHE, CACHE_NAMES, accepts_both_names
 from .chat_internlm_xcomposer import FirstChatMixin
+from .compose_internlm_xcomposer2 import ComposeMixin
 from .configuration_internlm_xcomposer import (
     JOINED_BIAS,
     KEPT_LOW_RANK,
@@ -231,7 +232,12 @@ class InternLMXComposerPreTrainedModel(PreTrainedModel):
 
 
 class InternLMXComposerForCausalLM(
-    FirstChatMixin, GenerateMixin, BackboneMixin, InternLMXComposerPreTrainedModel, GenerationMixin
+    FirstChatMixin,
+    ComposeMixin,
+    GenerateMixin,
+    BackboneMixin,
+    InternLMXComposerPreTrainedModel,
+    GenerationMixin,
 ):
     """InternLM-XComposer 1.0 and ShareCaptioner.
 
