@@ -17,7 +17,7 @@ from internlm_xcomposer2.media_internlm_xcomposer2 import MAX_FRAME_PIXELS
 from internlm_xcomposer2.video_internlm_xcomposer2 import open_video
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, CLIPImageProcessorPil
 
 FIRST = "This is the first frame of a video, describe it in detail."
 BETWEEN = (
@@ -67,7 +67,8 @@ def is_plain(frame: Image.Image) -> bool:
 @torch.no_grad()
 def drop_repeats(frames: Sequence[Image.Image], encoder: str) -> list[Image.Image]:
     """The frames that differ from the last that was kept, by the class token of a CLIP tower; and the end."""
-    tower, processor = AutoModel.from_pretrained(encoder).eval(), AutoImageProcessor.from_pretrained(encoder)
+    tower = AutoModel.from_pretrained(encoder).eval()
+    processor = CLIPImageProcessorPil.from_pretrained(encoder)  # it needs no torchvision
     tower = getattr(tower, "vision_model", tower)
     pixels = processor(images=list(frames), return_tensors="pt")["pixel_values"]
     vectors = F.normalize(tower(pixels).last_hidden_state[:, 0], dim=-1)

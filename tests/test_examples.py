@@ -13,7 +13,7 @@ from demo_helpers import nano_service
 from helpers import ROOT, tiny_model
 from internlm_xcomposer2.ixc_utils import get_font
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 EXAMPLES = ROOT / "examples"
 GREEDY = {"do_sample": False, "num_beams": 1}
@@ -136,7 +136,7 @@ def test_frames_that_repeat_are_dropped(tmp_path):
         vision_config={**sizes, "image_size": 28, "patch_size": 14}, text_config={**sizes, "vocab_size": 9}
     )
     CLIPModel(config).save_pretrained(tmp_path)
-    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
         tmp_path
     )
     half = Image.new("RGB", (30, 30), "white")
