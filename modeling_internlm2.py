@@ -446,6 +446,7 @@ def check_attention(config) -> None:
         is_flash_attn_2_available() or is_kernels_available()
     ):
         raise ValueError(
-            "attn_implementation='flash_attention_2' needs the flash-attn package and a GPU; install it with "
-            "'pip install flash-attn --no-build-isolation', or use attn_implementation='sdpa'"
+            "attn_implementation='flash_attention_2' needs the flash-attn package and a GPU; use 'sdpa', "
+            "which has a flash kernel, or on Hopper and newer 'flash_attention_4' (pip install "
+            "flash-attn-4), or compile it: pip install flash-attn --no-build-isolation"
         )
