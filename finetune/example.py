@@ -4,9 +4,9 @@
     python -m finetune.example measure --model . --data runs/example/test.jsonl
 
 `draw` writes pictures and conversations for training, evaluation and testing, or with `--pairs` preferences
-for sentences over words; `measure` asks a checkpoint the questions of a file through `chat` and counts the
-answers that are exactly right, or exactly the chosen ones. docs/finetuning.md has
-the commands in between.
+for short captions over sentences; `measure` asks a checkpoint the questions of a file through `chat` and
+counts the answers that are exactly right, or exactly the chosen ones. docs/finetuning.md has the commands in
+between.
 """
 
 import argparse
@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 from tools.nano.pictures import Picture, draw_object, random_thing
-from tools.nano.questions import COLOURS, SHAPES
+from tools.nano.questions import COLOURS, SHAPES, ask
+from tools.nano.samples import with_article
 
 QUESTIONS = (
     "What is the article number?",
@@ -38,10 +39,11 @@ def draw_row(rng: random.Random, split: str) -> tuple[Picture, str, str]:
 
 
 def draw_preference(rng: random.Random, split: str) -> tuple[Picture, str, str, str]:
-    """A picture of one object, a question about it, and the answer as a sentence and as a word."""
+    """A picture of one object, a request for a caption, a short one, and the sentence that nano writes."""
     thing = random_thing(rng)
     picture = draw_object(rng, split, thing)
-    return picture, "What colour is the object?", f"The object is {thing.colour}.", thing.colour
+    name = with_article(thing)
+    return picture, ask("caption", rng), name, f"The picture shows {name}."
 
 
 def draw(out: Path, counts: dict[str, int], seed: int = 0, pairs: bool = False) -> None:

@@ -7,14 +7,16 @@ compares the model with itself without the adapter that trains. `--train lora` t
 did.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from internlm_xcomposer2.embedding_methods_internlm_xcomposer2 import IGNORED
 from torch import Tensor, nn
 
 from .dataset import RowEncoder
 from .preferences import PairCollator, PairDataset, read_preferences
+from .rows import Row
 from .train import Task, run_command
 from .train_reward import RewardTrainer
 
@@ -22,10 +24,19 @@ from .train_reward import RewardTrainer
 TRAINED = {"write": ("dpo",)}
 
 
+class DpoEncoder(RowEncoder):
+    """A `RowEncoder` whose labels end with the mark of the last turn: `chat` generates nothing after it."""
+
+    def _encode(self, row: Row, lengths: Sequence[int]) -> tuple[list[int], list[int], list[bool]]:
+        ids, labels, is_image = super()._encode(row, lengths)
+        num_after = ids[::-1].index(self.end)
+        return ids, [*labels[: len(ids) - num_after], *[IGNORED] * num_after], is_image
+
+
 class DpoDataset(PairDataset):
     """Pairs whose conversations are laid out as in `finetune.train`, with labels on the answers."""
 
-    encoder_class = RowEncoder
+    encoder_class = DpoEncoder
 
 
 class DpoCollator(PairCollator):

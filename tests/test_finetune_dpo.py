@@ -8,6 +8,7 @@ import torch
 from finetune_helpers import SIZES, losses, weights_of, write_base
 from helpers import ROOT
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Processor
+from internlm_xcomposer2.tokenization_internlm_xcomposer2 import END_OF_TURN
 from test_finetune_reward import write_pairs
 
 sys.path.insert(0, str(ROOT))
@@ -52,6 +53,14 @@ def test_likelihoods_worked_by_hand():
     expected = math.log(0.25) + math.log(0.1)
     assert log_likelihoods(probabilities.log(), labels).tolist() == pytest.approx([expected])
     assert log_likelihoods(probabilities.log(), torch.tensor([[1, -100, -100]])).tolist() == [0.0]
+
+
+def test_an_answer_counts_up_to_its_end_mark(base, batch):
+    """What the training format writes after an answer is never generated, so it must not be rewarded."""
+    end = InternLMXComposer2Processor.from_pretrained(base).tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        last = max(at for at, label in enumerate(labels) if label != -100)
+        assert labels[last] == ids[last] == end and end not in ids[last + 1 :]
 
 
 def test_the_loss_worked_by_hand(base, batch, tmp_path):

@@ -1,4 +1,4 @@
-"""The worked example of fine-tuning: the documented commands, with fewer rows and steps."""
+"""The worked examples of fine-tuning: the documented commands, with fewer rows and steps."""
 
 import re
 import runpy
@@ -15,16 +15,18 @@ from finetune.example import LETTERS, draw  # noqa: E402
 pytestmark = pytest.mark.slow
 
 # What each command gets in addition to what is documented; later flags win.
+QUIET = ["--report_to", "none", "--disable_tqdm", "True"]
 SHORTER = {
     "draw": ["--train", "480", "--eval", "8", "--test", "24"],
-    "finetune.train": ["--max_steps", "100", "--report_to", "none", "--disable_tqdm", "True"],
+    "finetune.train": ["--max_steps", "100", *QUIET],
+    "finetune.train_dpo": ["--max_steps", "20", *QUIET],
 }
 
 
-def documented_commands() -> list[list[str]]:
-    """The example's commands, without `python -m`."""
+def documented_commands(mark: str) -> list[list[str]]:
+    """The commands of an example, without `python -m`."""
     text = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
-    block = re.search(r"<!-- example -->\n```bash\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", " ")
+    block = re.search(rf"<!-- {mark} -->\n```bash\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", " ")
     commands = [shlex.split(line) for line in block.splitlines()]
     assert all(command[:2] == ["python", "-m"] for command in commands)
     return [command[2:] for command in commands]
@@ -33,14 +35,21 @@ def documented_commands() -> list[list[str]]:
 def shorter(command: list[str], folder: str) -> list[str]:
     """The command with fewer rows or steps, writing into another folder."""
     extra = [SHORTER[word] for word in command[:2] if word in SHORTER]
-    return [word.replace("runs/example", folder) for word in command] + sum(extra, [])
+    return [re.sub("runs/(example|pairs)", folder, word) for word in command] + sum(extra, [])
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_the_documented_commands_teach_nano_the_catalogue(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("mark", "expected"),
+    [
+        ("example", ["example", "check_data", "example", "train", "merge", "example"]),
+        ("preference example", ["example", "example", "train_dpo", "merge", "example"]),
+    ],
+)
+def test_the_documented_commands_change_what_nano_says(mark, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     modules, rights = [], []
-    for command in documented_commands():
+    for command in documented_commands(mark):
         module, *arguments = shorter(command, str(tmp_path / "example"))
         modules.append(module)
         monkeypatch.setattr(sys, "argv", [module, *arguments])
@@ -52,8 +61,7 @@ def test_the_documented_commands_teach_nano_the_catalogue(tmp_path, monkeypatch,
         printed = capsys.readouterr().out
         if found := re.search(r"(\d+) of 24 right", printed):
             rights.append(int(found[1]))
-    names = ("example", "check_data", "example", "train", "merge", "example")
-    assert modules == [f"finetune.{name}" for name in names]
+    assert modules == [f"finetune.{name}" for name in expected]
     before, after = rights
     assert before <= 2 and after >= 12, f"{before} before, {after} after"
 
