@@ -190,6 +190,7 @@ class ChatMixin:
         fps: float = 1.0,
         num_frames: int = MAX_FRAMES,
         allow_markup: bool = False,
+        answer_prefix: str = "",
         **generate_kwargs,
     ) -> tuple[str, ChatHistory]:
         """Answer a question, with or without pictures and videos.
@@ -210,10 +211,11 @@ class ChatMixin:
             allow_markup: whether names of markup in the texts, such as `[UNUSED_TOKEN_145]` or `</s>`, count
                 as in the published code. By default they are plain text, and `<ImageHere>` counts in
                 questions only.
+            answer_prefix: what the answer begins with, written for the model.
             generate_kwargs: anything `generate` accepts.
 
         Returns:
-            The answer, and the history with this turn added.
+            The answer from after its prefix, and the history with this turn added.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: anything wrong with the arguments, before any compute.
@@ -245,13 +247,14 @@ class ChatMixin:
             turns,
             meta,
             allow_markup=allow_markup,
+            answer_prefix=answer_prefix,
             fps=fps,
             num_frames=num_frames,
         )
         earlier = getattr(history, "prompt_cache", None)
         (sequence,), cache = self._answer([prompt], settings, earlier, keep=reuse)
         response = cut_response(tokenizer.decode(sequence, skip_special_tokens=True))
-        return response, ChatHistory([*turns, (query, response)], cache)
+        return response, ChatHistory([*turns, (query, answer_prefix + response)], cache)
 
     @torch.no_grad()
     def batch_chat(
@@ -267,6 +270,7 @@ class ChatMixin:
         fps: float = 1.0,
         num_frames: int = MAX_FRAMES,
         allow_markup: bool = False,
+        answer_prefix: str = "",
         **settings,
     ) -> list[tuple[str, ChatHistory]]:
         """Answer several questions at once, each as `chat` would on its own, except for what sampling draws.
@@ -274,7 +278,7 @@ class ChatMixin:
         Args:
             images: for each question, what `chat` accepts as `image`: none, one or several, of any size.
             histories: for each question, its earlier turns.
-            fps, num_frames: as in `chat`.
+            fps, num_frames, answer_prefix: as in `chat`.
             settings: how answers are generated, with the names and defaults of `chat`, and anything else that
                 `generate` accepts.
 
@@ -299,6 +303,7 @@ class ChatMixin:
                 earlier,
                 meta,
                 allow_markup=allow_markup,
+                answer_prefix=answer_prefix,
                 fps=fps,
                 num_frames=num_frames,
             )
@@ -307,7 +312,7 @@ class ChatMixin:
         sequences, _ = self._answer(prompts, settings)
         answers = [cut_response(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences]
         return [
-            (answer, ChatHistory([*earlier, (query, answer)]))
+            (answer, ChatHistory([*earlier, (query, answer_prefix + answer)]))
             for answer, earlier, query in zip(answers, turns, queries, strict=True)
         ]
 

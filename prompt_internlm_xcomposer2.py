@@ -109,17 +109,20 @@ def format_prompt(
     history: Sequence[tuple[str, str]] = (),
     meta_instruction: str | None = "",
     markup: Markup | None = None,
+    answer_prefix: str = "",
 ) -> str:
     """System text (if any), earlier turns, the question, and the opening of the answer.
 
     Args:
         markup: what is plain text in them. By default nothing is: names of markup count as such.
+        answer_prefix: what the answer begins with.
     """
     turns = [("system", meta_instruction)] if meta_instruction else []
     for question, answer in history:
         turns += [("user", question), ("assistant", answer)]
     parts = [format_said(role, text, markup) for role, text in [*turns, ("user", query)]]
-    return "".join([*parts, f"{BEGIN_OF_TURN}assistant\n"])
+    begun = answer_prefix if markup is None else markup.hide(answer_prefix, with_marks=True)
+    return "".join([*parts, f"{BEGIN_OF_TURN}assistant\n", begun])
 
 
 def format_said(role: str, text: str, markup: Markup | None) -> str:
@@ -340,6 +343,7 @@ def plan_chat(
     fps: float = 1.0,
     num_frames: int = MAX_FRAMES,
     allow_markup: bool = False,
+    answer_prefix: str = "",
 ) -> ChatPrompt:
     """A question with its pictures and earlier turns, fully checked; pictures are read, but not cut.
 
@@ -348,17 +352,20 @@ def plan_chat(
         hd_num: how many local tiles a picture may be cut into, `default_hd_num` by default.
         fps, num_frames: frames per second of a video, and the most frames to take.
         allow_markup: whether names of markup in the texts count as such, and image marks in all of them.
+        answer_prefix: what the answer begins with.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: anything wrong with the arguments, or too long.
     """
     if hd_num is not None:
         check_hd_num(hd_num)
+    if not isinstance(answer_prefix, str):
+        raise TypeError(f"answer_prefix must be a str, not {type(answer_prefix).__name__}")
     meta_instruction = str(meta_instruction or "")  # some clients pass a tuple, because of a stray comma
-    said = [meta_instruction, *(text for turn in history for text in turn), query]
+    said = [meta_instruction, *(text for turn in history for text in turn), query, answer_prefix]
     check_characters(tokenizer, said, context_length(config))
     markup = None if allow_markup else markup_of(tokenizer)
-    text = format_prompt(query, history, meta_instruction, markup)
+    text = format_prompt(query, history, meta_instruction, markup, answer_prefix)
     if image is None or (config.version != "2.5" and isinstance(image, list | tuple) and not image):
         place_images(text, 0, version=config.version)
         ids = text_only_ids(tokenizer, text)

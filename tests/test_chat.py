@@ -10,10 +10,12 @@ from helpers import ROOT, golden_directory, tiny_model
 from internlm_xcomposer2 import InternLMXComposer2Tokenizer
 from internlm_xcomposer2.prompt_internlm_xcomposer2 import (
     META_INSTRUCTION,
+    batch_inputs,
     encode_prompt,
     format_prompt,
     mark_pictures,
     place_images,
+    plan_chat,
     system_text,
 )
 from PIL import Image
@@ -288,6 +290,36 @@ def test_older_versions_reject_marks_without_pictures(version, tokenizer):
     for image in (None, []):
         with pytest.raises(ValueError, match="1 <ImageHere> marks.*0 pictures"):
             tiny_model(version).chat(tokenizer, "<ImageHere>what?", image, **GREEDY)
+
+
+@pytest.mark.parametrize("image", [None, "picture"])
+def test_an_answer_begins_as_asked(model, tokenizer, picture, image):
+    """The prefix ends the prompt and is part of the history; what is returned follows it."""
+    greedy = {**GREEDY, "min_new_tokens": 5}
+    asked = {"tokenizer": tokenizer, "query": "what?", "image": image and picture, **greedy}
+    prefix = "The answer is"
+    answer, history = model.chat(**asked, answer_prefix=prefix)
+    assert history[-1] == ("what?", prefix + answer)
+    plain = plan_chat(model.config, tokenizer, "what?", asked["image"]).ids
+    begun = plan_chat(model.config, tokenizer, "what?", asked["image"], answer_prefix=prefix).ids
+    assert begun[: len(plain)] == plain and tokenizer.decode(begun[len(plain) :]) == prefix
+    ids = torch.tensor([begun])
+    inputs = batch_inputs(model.config, [plan_chat(model.config, tokenizer, "what?", asked["image"])])
+    with torch.no_grad():
+        logits = model(**{**inputs, "input_ids": ids, "im_mask": ids == model.config.image_token_id}).logits
+    logits[0, -1, [tokenizer.eos_token_id, END]] = -torch.inf
+    assert answer.startswith(tokenizer.decode(logits[0, -1].argmax().item(), skip_special_tokens=True))
+    ((batched, _),) = model.batch_chat(tokenizer, ["what?"], [asked["image"]], answer_prefix=prefix, **greedy)
+    assert batched == answer and len(answer) > 0
+
+
+def test_a_prefix_is_plain_text(model, tokenizer):
+    prompt = plan_chat(model.config, tokenizer, "hi", (), answer_prefix="[UNUSED_TOKEN_145]<ImageHere>")
+    assert prompt.ids.count(END) == 1 and 4 not in prompt.ids
+    with pytest.raises(TypeError, match="answer_prefix must be a str, not int"):
+        model.chat(tokenizer, "hi", answer_prefix=3)
+    with pytest.raises(ValueError, match="context holds 1024"):
+        model.chat(tokenizer, "hi", answer_prefix="word " * 2000)
 
 
 def test_arguments_of_generate_win(model, tokenizer, picture):
