@@ -24,6 +24,18 @@ LORA_TARGETS = (
 )
 
 
+# The same for the first generation.
+FIRST_LORA_TARGETS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
 @dataclass
 class ModelArguments:
     """Which checkpoint, and which of its weights train."""
@@ -32,8 +44,9 @@ class ModelArguments:
     train: str = field(
         default="full",
         metadata={
-            "help": "'full' (decoder and Partial LoRA), 'plora' (only Partial LoRA), 'adapter' (the task "
-            "adapters of --infer_mode) or 'lora' (new low-rank weights on the decoder)."
+            "help": "'full' (decoder and Partial LoRA), 'plora' (only Partial LoRA, or in version 1.0 the "
+            "checkpoint's own low-rank weights), 'adapter' (the task adapters of --infer_mode) or 'lora' "
+            "(new low-rank weights on the decoder)."
         },
     )
     use_lora: bool = field(default=False, metadata={"help": "The published way to say --train lora."})
@@ -43,8 +56,9 @@ class ModelArguments:
     fix_sampler: bool | None = field(
         default=None,
         metadata={
-            "help": "Freeze the projector and the newline vectors; by default they train only with --train "
-            "full. With LoRA, the projector can be trained too and is saved in the adapter."
+            "help": "Freeze the projector and the newline vectors, or in version 1.0 the projector, the "
+            "Q-Former and its queries; by default they train only with --train full. With LoRA, the modules "
+            "among them can be trained too and are saved in the adapter."
         },
     )
     infer_mode: str = field(
@@ -69,9 +83,12 @@ class ModelArguments:
     lora_r: int = field(default=64, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "Numerator of LoRA's scale, alpha / rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's product."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: list(LORA_TARGETS),
-        metadata={"help": "The decoder's linears that get LoRA, as published or followed by '.linear'."},
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The decoder's linears that get LoRA, as published or followed by '.linear'; all of them "
+            "by default."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from internlm_xcomposer2.configuration_internlm_xcomposer2 import VERSIONS
+from internlm_xcomposer2.configuration_internlm_xcomposer2 import FIRST_GENERATION, VERSIONS
 from internlm_xcomposer2.embedding_methods_internlm_xcomposer2 import IGNORED, find_answers
 from internlm_xcomposer2.image_processing_internlm_xcomposer2 import (
     PreparedImage,
@@ -33,6 +33,7 @@ from internlm_xcomposer2.tokenization_internlm_xcomposer2 import (
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .first_generation import FIRST_MARKUP, encode_first
 from .rows import Media, Row
 
 PROMPTS = ("inference", "training")
@@ -68,9 +69,9 @@ class RowEncoder:
     Args:
         processor: the checkpoint's, as `AutoProcessor` loads it.
         max_length: how many tokens a row may have, `None` for any number.
-        layout: `"inference"` lays prompts and pictures out as `chat` does; `"training"` as the published
-            trainers did: BOS once, no system text unless the row has it, pictures of 2.5 centred on their
-            tiles and enlarged by half at most.
+        layout: `"inference"` lays prompts and pictures out as `chat` does (in version 1.0, as the chat
+            template does); `"training"` as the published trainers did: BOS once, no system text unless the
+            row has it, pictures of 2.5 centred on their tiles and enlarged by half at most.
         hd_num: how many local tiles a picture may be cut into; by default as many as in `chat`.
         too_long: what happens to a row beyond `max_length`: `"error"`, or `"cut"` at its end as long as all
             pictures and some of its answers remain.
@@ -103,7 +104,8 @@ class RowEncoder:
         tokenizer = processor.tokenizer
         self.opening = tokenizer(f"{BEGIN_OF_TURN}assistant", add_special_tokens=False)["input_ids"]
         self.end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        pieces = [BEGIN_OF_TURN, END_OF_TURN, processor.image_piece, VIDEO_MARK]
+        turns = FIRST_MARKUP if self.version == FIRST_GENERATION else (BEGIN_OF_TURN, END_OF_TURN)
+        pieces = [*turns, processor.image_piece, VIDEO_MARK]
         self.markup = tuple(dict.fromkeys([*pieces, *tokenizer.all_special_tokens]))
 
     @property
@@ -178,6 +180,8 @@ class RowEncoder:
 
     def _encode(self, row: Row, lengths: Sequence[int]) -> tuple[list[int], list[int], list[bool]]:
         """Ids, labels, and which ids stand for image tokens."""
+        if self.version == FIRST_GENERATION:
+            return encode_first(self.processor, row.turns, lengths, self.layout)
         prompt = encode_prompt(
             self.processor.tokenizer,
             place_images(self.prompt(row), len(lengths), version=self.version),
@@ -202,7 +206,7 @@ class RowEncoder:
             if piece in turn.text
         ]
         num_marks = sum(turn.text.count(IMAGE_MARK) for turn in row.turns)
-        at_front = self.version == "2.5" and num_marks == 0 and len(row.media) == 1
+        at_front = self.version in (FIRST_GENERATION, "2.5") and num_marks == 0 and len(row.media) == 1
         if num_marks != len(row.media) and not at_front and row.turns:
             faults.append(
                 f"the turns have {num_marks} {IMAGE_MARK} marks but the row has {len(row.media)} pictures or "

@@ -7,9 +7,12 @@ from torch import nn
 
 from .arguments import ModelArguments
 
-# The parts that are frozen or trained as a whole, and what their names begin with or contain.
-_NEVER = ("vit.vision_tower.vision_model.post_layernorm.", "video_mem_proj.")  # no forward pass uses them
-_PROJECTOR = ("vision_proj.", "plora_glb_GN", "plora_sub_GN")
+# The parts that are frozen or trained as a whole, and what their names begin with or contain. No forward pass
+# uses the first two of those that never train; flags of the first generation stay as they are, as published.
+_NEVER = ("vit.vision_tower.vision_model.post_layernorm.", "video_mem_proj.", "flag_image_")
+_TOWER = ("vit.", "visual_encoder.", "ln_vision.")
+_PROJECTOR = ("vision_proj.", "plora_glb_GN", "plora_sub_GN", "Qformer.", "query_tokens", "internlm_proj.")
+_LOW_RANK = (".Plora_", ".low_rank_")
 
 
 def part_of(name: str) -> str:
@@ -19,11 +22,11 @@ def part_of(name: str) -> str:
     """
     if name.startswith(_NEVER):
         return "unused"
-    if name.startswith("vit."):
+    if name.startswith(_TOWER):
         return "tower"
     if name.startswith(_PROJECTOR):
         return "projector"
-    if ".Plora_" in name:
+    if any(part in name for part in _LOW_RANK):
         return "plora"
     if ".lora_" in name:  # lora_sft_A.weight of a published task adapter
         return "task:" + name.split(".lora_")[1].split("_")[0]

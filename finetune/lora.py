@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from internlm_xcomposer2.configuration_internlm_xcomposer2 import FIRST_GENERATION
 from internlm_xcomposer2.files_internlm_xcomposer2 import (
     FLAG,
     MAPPING,
@@ -20,7 +21,10 @@ from internlm_xcomposer2.files_internlm_xcomposer2 import (
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from .arguments import LORA_TARGETS, ModelArguments
+from .arguments import FIRST_LORA_TARGETS, LORA_TARGETS, ModelArguments
+
+# What is trained and saved as a whole beside LoRA, if the sampler isn't frozen.
+_SAMPLER, _FIRST_SAMPLER = ("vision_proj",), ("internlm_proj", "Qformer")
 
 
 def import_peft():
@@ -36,21 +40,23 @@ def import_peft():
     return peft
 
 
-def target_modules(names: Iterable[str]) -> list[str]:
+def target_modules(names: Iterable[str] | None, version: str = "2.5") -> list[str]:
     """The decoder's linears that these names refer to, as published (`attention.wqkv`).
 
     Args:
-        names: as published, with or without the first part, or followed by `.linear`.
+        names: as published, with or without the first part, or followed by `.linear`; `None` for all.
+        version: the checkpoint's.
 
     Raises:
         ValueError: a name is not one of the decoder's linears, or there are no names.
     """
-    known = {short: name for name in LORA_TARGETS for short in (name, name.split(".")[1])}
-    names = list(names)
+    targets = FIRST_LORA_TARGETS if version == FIRST_GENERATION else LORA_TARGETS
+    known = {short: name for name in targets for short in (name, name.split(".")[1])}
+    names = list(targets if names is None else names)
     wrong = [name for name in names if name.removesuffix(".linear") not in known]
     if wrong or not names:
         raise ValueError(
-            f"--lora_target_modules accepts {', '.join(LORA_TARGETS)}, not {', '.join(wrong) or 'none'}"
+            f"--lora_target_modules accepts {', '.join(targets)}, not {', '.join(wrong) or 'none'}"
         )
     return list(dict.fromkeys(known[name.removesuffix(".linear")] for name in names))
 
@@ -74,7 +80,7 @@ def add_lora(
 ) -> nn.Module:
     """The model with new low-rank weights on the decoder's linears; only these train.
 
-    With `fix_sampler` off, the projector trains too and is saved with them.
+    With `fix_sampler` off, the projector (and in version 1.0 the Q-Former) trains too and is saved with them.
 
     Args:
         task: what peft calls this kind of model.
@@ -84,13 +90,14 @@ def add_lora(
         ImportError: peft isn't installed.
         ValueError: a target is unknown.
     """
-    peft = import_peft()
+    peft, version = import_peft(), model.config.version
+    sampler = _FIRST_SAMPLER if version == FIRST_GENERATION else _SAMPLER
     config = peft.LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
-        target_modules=target_modules(arguments.lora_target_modules),
-        modules_to_save=[*heads, *([] if arguments.fix_sampler else ["vision_proj"])] or None,
+        target_modules=target_modules(arguments.lora_target_modules, version),
+        modules_to_save=[*heads, *(() if arguments.fix_sampler else sampler)] or None,
         bias="none",
         task_type=task,
     )

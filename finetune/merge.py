@@ -5,17 +5,16 @@ import sys
 from pathlib import Path
 
 import torch
-from internlm_xcomposer2 import (
-    InternLMXComposer2ForCausalLM,
-    InternLMXComposer2ForSequenceClassification,
-    InternLMXComposer2Tokenizer,
-)
+from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import checkpoint_config
+from internlm_xcomposer2.tokenization_internlm_xcomposer2 import tokenizer_class
 from transformers import PreTrainedModel
 
 from .arguments import DTYPES
 from .card import CARD
 from .lora import adapter_fields, load_adapter
 from .saving import save_model
+from .train import CHAT, Task, model_class
+from .train_reward import REWARD
 
 
 def merge(
@@ -42,9 +41,11 @@ def merge(
         raise FileExistsError(f"{target} already exists; choose another directory")
     base = base or base_of(adapter)
     kind = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
-    model = class_of(adapter).from_pretrained(base, dequantize=True, **kind)
+    task = task_of(adapter)
+    version = checkpoint_config(base).version
+    model = model_class(task, version).from_pretrained(base, dequantize=True, **kind)
     merged = load_adapter(model, adapter).merge_and_unload(safe_merge=True)
-    tokenizer = InternLMXComposer2Tokenizer.from_pretrained(base)
+    tokenizer = tokenizer_class(version).from_pretrained(base)
     save_model(merged, tokenizer, card_of(adapter, base), target, max_shard_size)
     return merged
 
@@ -62,14 +63,13 @@ def base_of(adapter: Path) -> str:
     return base
 
 
-def class_of(adapter: Path) -> type[PreTrainedModel]:
-    """What an adapter turns its checkpoint into: a chat model, or a reward model, whose head it contains.
+def task_of(adapter: Path) -> Task:
+    """What an adapter was trained for: a chat model, or a reward model, whose head it contains.
 
     Raises:
         FileNotFoundError: it isn't an adapter.
     """
-    is_reward = adapter_fields(adapter).get("task_type") == "SEQ_CLS"
-    return InternLMXComposer2ForSequenceClassification if is_reward else InternLMXComposer2ForCausalLM
+    return REWARD if adapter_fields(adapter).get("task_type") == "SEQ_CLS" else CHAT
 
 
 def card_of(adapter: Path, base: str) -> str:

@@ -4,12 +4,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer2Processor
+from internlm_xcomposer2 import (
+    InternLMXComposer2ForCausalLM,
+    InternLMXComposer2Processor,
+    InternLMXComposerForCausalLM,
+)
 from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import checkpoint_config
+from internlm_xcomposer2.configuration_internlm_xcomposer2 import FIRST_GENERATION
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, HfArgumentParser, PreTrainedModel, set_seed
 from transformers.utils import logging
@@ -32,6 +37,7 @@ class Task:
     """What is trained: a chat model by default.
 
     Attributes:
+        model, first_model: what a checkpoint is loaded as, and one of the first generation, if it can be.
         read_data, dataset: like the function and class of the defaults.
         heads: modules that always train.
         ways: which values of `--train` it has.
@@ -41,6 +47,7 @@ class Task:
     """
 
     model: type[PreTrainedModel] = InternLMXComposer2ForCausalLM
+    first_model: type[PreTrainedModel] | None = InternLMXComposerForCausalLM
     trainer: type[FinetuneTrainer] = FinetuneTrainer
     read_data: Callable[..., list] = read_data
     dataset: type[ConversationDataset] = ConversationDataset
@@ -101,12 +108,15 @@ def train(
     check_arguments(model_arguments, data, training)
     check_task(task, model_arguments, data)
     checkpoint = checkpoint_to_resume(training)
+    source = model_arguments.model_name_or_path
+    config = checkpoint_config(source)
+    model_class(task, config.version)
     if model_arguments.train == "lora":
         import_peft()
-        target_modules(model_arguments.lora_target_modules)
-    source = model_arguments.model_name_or_path
+        targets = target_modules(model_arguments.lora_target_modules, config.version)
+        model_arguments = replace(model_arguments, lora_target_modules=targets)
     processor = InternLMXComposer2Processor.from_pretrained(source)
-    datasets = read_datasets(processor, checkpoint_config(source), data, training, task)
+    datasets = read_datasets(processor, config, data, training, task)
     set_seed(training.seed)
     model = load_model(model_arguments, training, task)
     trainer = build_trainer(model, processor, datasets, model_arguments, training, task)
@@ -203,6 +213,18 @@ def _count(dataset: Dataset | None) -> dict[str, int]:
 # ---- model ----
 
 
+def model_class(task: Task, version: str) -> type[PreTrainedModel]:
+    """What a checkpoint of a version is loaded as.
+
+    Raises:
+        ValueError: the task can't train this version.
+    """
+    chosen = task.first_model if version == FIRST_GENERATION else task.model
+    if chosen is None:
+        raise ValueError(f"version {version} has no {task.pipeline} model to train; use version 2 or later")
+    return chosen
+
+
 def load_model(arguments: ModelArguments, training: TrainArguments, task: Task = CHAT) -> PreTrainedModel:
     """The checkpoint with exactly the weights trainable that should train, LoRA's new ones included.
 
@@ -213,7 +235,10 @@ def load_model(arguments: ModelArguments, training: TrainArguments, task: Task =
     quantized = quantization(arguments, dtype)
     is_lora = arguments.train == "lora"
     modes = () if arguments.infer_mode == "base" else (arguments.infer_mode,)
-    model = task.model.from_pretrained(
+    version = checkpoint_config(arguments.model_name_or_path).version
+    # Low-rank weights of the first generation are part of the plain ones, unless they alone train.
+    kept = {"fold_low_rank": arguments.train != "plora"} if version == FIRST_GENERATION else {}
+    model = model_class(task, version).from_pretrained(
         arguments.model_name_or_path,
         dtype=dtype,
         # A whole chat model is saved with all its task adapters; other models have no modes to use them in.
@@ -222,6 +247,7 @@ def load_model(arguments: ModelArguments, training: TrainArguments, task: Task =
         dequantize=True,  # of a GPTQ or AWQ checkpoint
         device_map={"": training.device} if quantized else None,
         **({"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}),
+        **kept,
     )
     freeze(model, arguments, task.adapters.get(arguments.infer_mode))
     for head in task.heads:

@@ -67,6 +67,7 @@ def pair_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 REWARD = Task(
     model=InternLMXComposer2ForSequenceClassification,
+    first_model=None,
     trainer=RewardTrainer,
     read_data=read_preferences,
     dataset=PairDataset,
