@@ -29,6 +29,7 @@ from internlm_xcomposer2.tokenization_internlm_xcomposer2 import (
     END_OF_TURN,
     IMAGE_MARK,
     VIDEO_MARK,
+    end_mark,
 )
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -103,7 +104,7 @@ class RowEncoder:
         self.pixel_dtype = pixel_dtype
         tokenizer = processor.tokenizer
         self.opening = tokenizer(f"{BEGIN_OF_TURN}assistant", add_special_tokens=False)["input_ids"]
-        self.end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self.end = tokenizer.convert_tokens_to_ids(end_mark(self.version))
         turns = FIRST_MARKUP if self.version == FIRST_GENERATION else (BEGIN_OF_TURN, END_OF_TURN)
         pieces = [*turns, processor.image_piece, VIDEO_MARK]
         self.markup = tuple(dict.fromkeys([*pieces, *tokenizer.all_special_tokens]))
