@@ -31,6 +31,7 @@ from .image_processing_internlm_xcomposer2 import (
 )
 from .ixc_utils import check_hd_num
 from .media_internlm_xcomposer2 import MAX_FRAMES, Medium
+from .messages_internlm_xcomposer2 import pair_media, read_messages, split_conversations
 from .prompt_internlm_xcomposer2 import (
     FIRST_META_INSTRUCTION,
     META_INSTRUCTION,
@@ -41,11 +42,8 @@ from .prompt_internlm_xcomposer2 import (
     encode_prompt,
     format_first_system,
     format_turn,
-    pair_media,
     place_images,
-    read_messages,
     said_in,
-    split_conversations,
 )
 from .tokenization_internlm_xcomposer2 import (
     FIRST_TURNS_TEMPLATE,

@@ -11,7 +11,7 @@ from itertools import cycle
 from math import isfinite
 from pathlib import Path
 
-from internlm_xcomposer2.prompt_internlm_xcomposer2 import MEDIA_PARTS, read_messages
+from internlm_xcomposer2.messages_internlm_xcomposer2 import MEDIA_PARTS, read_messages
 from internlm_xcomposer2.tokenization_internlm_xcomposer2 import IMAGE_MARK, VIDEO_MARK
 
 # A picture or video: a path, URL or `data:` URI, or the frames of a video.
