@@ -64,8 +64,8 @@ _PARTS = {
 }
 _BUFFERS = re.compile("|".join(InternLMXComposer2ForCausalLM._keys_to_ignore_on_load_unexpected))
 _OPTIONAL = re.compile("|".join(InternLMXComposer2ForCausalLM._keys_to_ignore_on_load_missing))
-LINEAR = re.compile(r"\.(wqkv|wo|w1|w2|w3)(\.linear)?\.weight$")
-_FIRST_LINEAR = re.compile(r"^internlm_model\..*_proj\.weight$")
+# Weights of the decoder's plain linears, of both generations.
+LINEAR = re.compile(r"\.(wqkv|wo|w1|w2|w3)(\.linear)?\.weight$|^internlm_model\..*_proj\.weight$")
 _BUDGETS = (1, 6, 12, 24, 36, 55)
 
 NF4_BYTES = 0.5 + 4 / 64  # per weight: four bits, and a float32 scale for each block of 64
@@ -290,11 +290,7 @@ def count_parameters(findings: Findings) -> dict[str, int]:
 def weight_memory(findings: Findings) -> dict[str, int]:
     """Bytes that the weights take in memory, by type; `stored` is what they take on disk."""
     total = sum(count_parameters(findings).values())
-    linears = sum(
-        math.prod(shape)
-        for name, shape in findings.shapes.items()
-        if LINEAR.search(name) or _FIRST_LINEAR.search(name)
-    )
+    linears = sum(math.prod(shape) for name, shape in findings.shapes.items() if LINEAR.search(name))
     return {
         "stored": sum(header.num_bytes for header in findings.headers.values()),
         "float32": 4 * total,

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..checkpoint_internlm_xcomposer2 import TensorHeader, load_torch_file
+from ..checkpoint_internlm_xcomposer2 import TensorHeader, load_torch_file, read_tensor
 from ..configuration_internlm_xcomposer2 import our_name
+from ..modeling_internlm_xcomposer import fold
 from ..quantization_internlm_xcomposer2 import FILE_TENSORS, WORD, pack_words
 from .adopt import check_loadable, staging_beside
 from .convert import INDEX, Piece, plan_pieces
@@ -72,7 +73,8 @@ def quantize(
 ) -> tuple[str, ...]:
     """Write a checkpoint with the plain linears of the decoder in a few bits, and everything else as it was.
 
-    The new directory is complete: it loads with and without this package. At most one of its files is held in
+    Low-rank weights of the first generation act on all tokens, so they are folded in before. The new
+    directory is complete: it loads with and without this package. At most one of its files is held in
     memory. It appears when it is finished, or not at all.
 
     Args:
@@ -104,6 +106,8 @@ def quantize(
     settings = choose_settings(findings, bits, group_size, method)
     texts, notes = describe_checkpoint(findings, Path(tokenizer) if tokenizer else None)
     config = {**json.loads(texts["config.json"]), "quantization_config": settings.fields}
+    if low_rank_of(findings):
+        config["internlm_lora"] = None
     texts |= {"config.json": json_bytes(config), "quantize_config.json": json_bytes(settings.fields)}
     units = _planned(findings, settings)
     pieces = plan_pieces(units, max_shard_size)
@@ -131,6 +135,17 @@ def linears_of(findings: Findings) -> dict[str, tuple[int, int]]:
     return {name: header.shape for name, header in findings.headers.items() if LINEAR.search(name)}
 
 
+def low_rank_of(findings: Findings) -> dict[str, tuple[str, str]]:
+    """The names of low-rank weights of the first generation, A and B, by that of their linear's weight."""
+    pairs = {name: _low_rank_names(name) for name in linears_of(findings)}
+    return {name: pair for name, pair in pairs.items() if pair[0] in findings.headers}
+
+
+def _low_rank_names(name: str) -> tuple[str, str]:
+    linear = name.removesuffix(".weight")
+    return f"{linear}.lora_A.weight", f"{linear}.lora_B.weight"
+
+
 def choose_settings(
     findings: Findings, bits: int, group_size: int | None = None, method: str | None = None
 ) -> Settings:
@@ -148,7 +163,8 @@ def choose_settings(
     whole = [name for name in linears if findings.headers[name].dtype.is_floating_point]
     if findings.packing is None and not linears:
         raise ValueError(
-            f"{findings.source} has no weights named wqkv, wo, w1, w2 or w3, the ones to quantise"
+            f"{findings.source} has no weights named wqkv, wo, w1, w2 or w3, or in version 1.0 q_proj and so "
+            "on, the ones to quantise"
         )
     if findings.packing is not None or len(whole) < len(linears):
         raise ValueError(f"{findings.source} is quantised already; quantise the original checkpoint")
@@ -194,8 +210,11 @@ def has_torchao() -> bool:
 def _planned(findings: Findings, settings: Settings) -> dict[str, TensorHeader]:
     """What is to be written: plain tensors as they are, for a linear its number of bytes."""
     linears = linears_of(findings)
+    folded = {name for pair in low_rank_of(findings).values() for name in pair}
     units = {}
     for name, header in findings.headers.items():
+        if name in folded:
+            continue
         if name not in linears:
             units[name] = header
             continue
@@ -223,12 +242,14 @@ def _check_space(units: dict[str, TensorHeader], target: Path) -> None:
 def _write(pieces: list[Piece], findings: Findings, settings: Settings, staging: Path) -> dict[str, str]:
     """Write every file; which tensor is in which."""
     weight_map = {}
-    linears = linears_of(findings)
+    linears, low_rank = linears_of(findings), low_rank_of(findings)
     for piece in logging.tqdm(pieces, desc="quantising", unit="file"):
         tensors: dict[str, Tensor] = {}
         for name, tensor in _read(piece):
             if name in linears:
                 linear = our_name(name).removesuffix(".weight")
+                if name in low_rank:
+                    tensor = _folded(findings, tensor, low_rank[name])
                 parts = quantize_weight(tensor, settings)
                 tensors |= {f"{linear}.{part}": value for part, value in parts.items()}
             else:
@@ -236,6 +257,13 @@ def _write(pieces: list[Piece], findings: Findings, settings: Settings, staging:
         save_file(tensors, staging / piece.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, piece.name)
     return dict(sorted(weight_map.items()))
+
+
+def _folded(findings: Findings, weight: Tensor, names: tuple[str, str]) -> Tensor:
+    """A weight (out, in) with its low-rank weights, in float32."""
+    lora = findings.config.internlm_lora
+    factors = (read_tensor(findings.headers, name) for name in names)
+    return fold(weight.float(), *factors, lora["lora_alpha"] / lora["lora_r"])
 
 
 def _read(piece: Piece) -> Iterator[tuple[str, Tensor]]:

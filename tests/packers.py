@@ -81,18 +81,23 @@ def pack_checkpoint(
     suffix: str = ".linear",
     act_order: bool = False,
     second_format: bool = False,
+    symmetric: tuple[str, ...] = ("w2.weight",),
 ) -> tuple[dict, dict]:
-    """Pack the plain linears of every decoder layer in 4 bits.
+    """Pack the plain linears of every decoder layer, of either generation, in 4 bits.
+
+    Args:
+        symmetric: endings of the names of weights whose zero points are in the middle.
 
     Returns:
         The packed checkpoint, and the plain one whose linears hold what the packed ones stand for.
     """
     packed, plain = dict(state_dict), dict(state_dict)
-    endings = ("wqkv.weight", "wo.weight", "w1.weight", "w2.weight", "w3.weight")
-    for name in [name for name in state_dict if name.startswith("model.layers.") and name.endswith(endings)]:
+    endings = ("wqkv.weight", "wo.weight", "w1.weight", "w2.weight", "w3.weight", "_proj.weight")
+    layers = ("model.layers.", "internlm_model.model.layers.")
+    for name in [name for name in state_dict if name.startswith(layers) and name.endswith(endings)]:
         weight = packed.pop(name).float().numpy()
         groups = groups_of(weight.shape[1], group_size, act_order)
-        numbers = quantise(weight, groups, 4, symmetric=name.endswith("w2.weight"))
+        numbers = quantise(weight, groups, 4, symmetric=name.endswith(symmetric))
         if method == "gptq":
             parts = gptq_parts(*numbers, groups, 4, second_format=second_format)
         else:

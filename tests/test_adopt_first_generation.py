@@ -12,7 +12,11 @@ from helpers import read_json
 from internlm_xcomposer2 import InternLMXComposerForCausalLM
 from internlm_xcomposer2.ixc2.adopt import adopt
 from internlm_xcomposer2.ixc2.main import main
+from internlm_xcomposer2.ixc2.quantize import quantize
 from internlm_xcomposer2.quantization_internlm_xcomposer2 import PackedLinear
+from packers import pack_checkpoint
+from safetensors.torch import load_file
+from transformers import AutoModel
 
 LOAD = """
 import sys
@@ -70,38 +74,13 @@ def test_an_adopted_directory_answers_without_the_package(tmp_path):
 # ---- 4 bits ----
 
 
-def pack(weight: torch.Tensor, group_size: int = 32) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A weight (out, in) in GPTQ's first format, 4 bits, and what it unpacks to."""
-    outputs, inputs = weight.shape
-    groups = weight.view(outputs, -1, group_size)
-    scales = (groups.abs().amax(-1) / 7).half().float().clamp(min=1e-4).half().float()
-    integers = (groups / scales[..., None]).round().clamp(-8, 7) + 8
-    plain = ((integers - 8) * scales[..., None]).view(outputs, inputs)
-    codes = integers.view(outputs, inputs).T.to(torch.int64)  # (in, out)
-    shifts = torch.arange(0, 32, 4)
-    words = (codes.view(inputs // 8, 8, outputs) << shifts[None, :, None]).sum(1)
-    zeros = torch.full((inputs // group_size, outputs // 8), 0x77777777, dtype=torch.int64)
-    return {
-        "qweight": _int32(words),
-        "qzeros": _int32(zeros),
-        "scales": scales.T.contiguous().half(),
-        "g_idx": (torch.arange(inputs) // group_size).int(),
-    }, plain
-
-
-def _int32(words: torch.Tensor) -> torch.Tensor:
-    return torch.where(words >= 2**31, words - 2**32, words).int()
-
-
 def packed_checkpoint(directory):
     """A merged checkpoint with packed decoder linears, as the published one, and the plain weights in it."""
-    weights, plain = dict(recipe_state_dict(lora=False)), {}
-    for name in [name for name in weights if ".layers." in name and name.endswith("_proj.weight")]:
-        linear = name.removesuffix(".weight")
-        parts, plain[name] = pack(weights.pop(name))
-        weights |= {f"{linear}.{part}": value for part, value in parts.items()}
-        if ".mlp." in name:  # some packers write a bias of zeros
-            weights[f"{linear}.bias"] = torch.zeros(len(plain[name]))
+    options = {"group_size": 32, "suffix": "", "symmetric": (".weight",)}
+    weights, plain = pack_checkpoint(recipe_state_dict(lora=False), "gptq", **options)
+    for name in [name for name in weights if ".mlp." in name and name.endswith(".scales")]:
+        bias = name.replace(".scales", ".bias")
+        weights[bias] = torch.zeros(weights[name].shape[1])  # some packers write it
     directory.mkdir()
     torch.save(weights, directory / "gptq_model-4bit-32g.bin")
     (directory / "config.json").write_text(json.dumps(published_fields(lora=False)))
@@ -112,7 +91,7 @@ def packed_checkpoint(directory):
 
 def test_gptq_weights_stay_packed_and_give_the_numbers_of_what_they_unpack_to(tmp_path):
     plain = packed_checkpoint(tmp_path / "packed")
-    write_first(tmp_path / "plain", lora=False, state_dict={**recipe_state_dict(lora=False), **plain})
+    write_first(tmp_path / "plain", lora=False, state_dict=plain)
     packed = InternLMXComposerForCausalLM.from_pretrained(tmp_path / "packed", dtype="float32").eval()
     expected = InternLMXComposerForCausalLM.from_pretrained(tmp_path / "plain", dtype="float32").eval()
     linears = [module for module in packed.modules() if isinstance(module, PackedLinear)]
@@ -131,6 +110,33 @@ def test_gptq_weights_stay_packed_and_give_the_numbers_of_what_they_unpack_to(tm
     torch.testing.assert_close(unpacked.state_dict()[name], plain[name], rtol=0, atol=1e-6)
     bias = unpacked.state_dict()[name.replace("weight", "bias")]
     torch.testing.assert_close(bias, recipe_state_dict()[name.replace("weight", "bias")], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("bits", "spread"), [(4, 0.15), (8, 0.01)])
+@pytest.mark.parametrize("lora", [True, False])
+def test_quantised_checkpoints_hold_what_is_folded(tmp_path, capsys, bits, spread, lora):
+    source, target = write_first(tmp_path / "source", lora=lora), tmp_path / "target"
+    assert main(["quantize", str(source), str(target), "--bits", str(bits), "--group-size", "32"]) == 0
+    assert f"14 linears in {bits} bits" in capsys.readouterr().out
+    written = {
+        name: value for file in target.glob("*.safetensors") for name, value in load_file(file).items()
+    }
+    assert not any("lora_" in name for name in written)
+    assert read_json(target / "config.json")["internlm_lora"] is None
+    inputs = {"input_ids": torch.arange(1, 40)[None]}
+    loaded = AutoModel.from_pretrained(target, trust_remote_code=True, dtype="float32").eval()
+    linears = [module for module in loaded.modules() if type(module).__name__ == "PackedLinear"]
+    assert len(linears) == 14 and {module.bits for module in linears} == {bits}
+    folded = InternLMXComposerForCausalLM.from_pretrained(source, dtype="float32")
+    plain = InternLMXComposerForCausalLM.from_pretrained(target, dtype="float32", dequantize=True).eval()
+    weights = plain.state_dict()
+    for name, weight in folded.state_dict().items():
+        most = spread * weight.std() if ".layers." in name and name.endswith("_proj.weight") else 0
+        assert (weights[name] - weight).square().mean().sqrt() <= most, name
+    torch.testing.assert_close(loaded(**inputs).logits, plain(**inputs).logits, rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize(target, tmp_path / "again")
 
 
 def test_bitsandbytes_quantises_what_is_folded(tmp_path):
