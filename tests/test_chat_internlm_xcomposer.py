@@ -12,7 +12,6 @@ from first_generation import (
     tiny_first,
     write_first,
 )
-from helpers import golden_directory
 from internlm_xcomposer2 import InternLMXComposerForCausalLM, InternLMXComposerTokenizer
 from internlm_xcomposer2.cache_internlm_xcomposer2 import ChatHistory
 from internlm_xcomposer2.chat_internlm_xcomposer import (
@@ -23,7 +22,7 @@ from internlm_xcomposer2.chat_internlm_xcomposer import (
     prompt_segments,
 )
 from PIL import Image
-from transformers import AutoProcessor, StoppingCriteria, StoppingCriteriaList, pipeline
+from transformers import AutoProcessor, pipeline
 
 SMALL = {"num_beams": 1, "max_new_tokens": 6}
 
@@ -126,78 +125,7 @@ def test_a_batch_gives_each_question_its_published_answer(model):
     assert [answer for answer, _ in answers] == expected
 
 
-# ---- clients ----
-
-
-@needs_first_tokenizer
-def test_the_batch_captioning_script_gives_the_published_captions(model):
-    case, tensors = golden("sharecaptioner_batch")
-    pixels = [
-        model.vis_processor(Image.open(golden_directory() / path).convert("RGB")).unsqueeze(0)
-        for path in case["call"]["images"]
-    ]
-    with torch.no_grad():
-        embeds = model.encode_img(torch.cat(pixels))
-        for index, rows in enumerate(embeds):
-            torch.testing.assert_close(rows, tensors[f"img{index}_embeds"], rtol=0, atol=2e-5)
-        before = model.encode_text(case["call"]["seg1"], add_special_tokens=True).repeat(len(embeds), 1, 1)
-        question = "Analyze the image in a comprehensive and detailed manner."
-        after = model.encode_text(f"{question}{model.eoh}\n<|Bot|>:", add_special_tokens=False)
-        inputs = torch.cat([before, embeds, after.repeat(len(embeds), 1, 1)], dim=1)
-        assert inputs.shape[1] == case["n_tokens"]
-        for expected in case["generations"]:
-            outputs = model.internlm_model.generate(
-                inputs_embeds=inputs,
-                max_length=33,
-                num_beams=expected["num_beams"],
-                min_length=1,
-                do_sample=False,
-                repetition_penalty=expected["repetition_penalty"],
-                length_penalty=1.0,
-                eos_token_id=model.tokenizer.eos_token_id,
-                num_return_sequences=1,
-            )
-            for output, response in zip(outputs, expected["response"], strict=True):
-                output[output == -1] = 2
-                assert model.decode_text([output]) == response
-
-
-class _StopOnFirst(StoppingCriteria):
-    """As evaluation kits have it: it looks at one sequence only, and returns a plain bool."""
-
-    def __init__(self, stops: list[torch.Tensor]) -> None:
-        self.stops = stops
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return any(torch.all(stop == input_ids[0][-len(stop) :]).item() for stop in self.stops)
-
-
-@needs_first_tokenizer
-def test_an_evaluation_kit_builds_its_prompt_from_embeddings(model):
-    case, _ = golden("mmbench_style")
-    stops = StoppingCriteriaList([_StopOnFirst([torch.tensor([103027]), torch.tensor([103028])])])
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        parts = case["call"]["prompt"].split("<ImageHere>")
-        ids = [
-            model.tokenizer(part, return_tensors="pt", add_special_tokens=i == 0).input_ids
-            for i, part in enumerate(parts)
-        ]
-        before, after = (model.internlm_model.model.embed_tokens(part) for part in ids)
-        embeds = torch.cat([before, model.encode_img(picture("inputs/small.png")), after], dim=1)
-        for expected in case["generations"]:
-            (output,) = model.internlm_model.generate(
-                inputs_embeds=embeds,
-                stopping_criteria=stops,
-                max_new_tokens=32,
-                num_beams=expected["num_beams"],
-                do_sample=False,
-                min_length=1,
-                repetition_penalty=expected["repetition_penalty"],
-                length_penalty=1.0,
-            )
-            output = output[1:] if output[0] in (0, 1) else output
-            text = model.tokenizer.decode(output, add_special_tokens=False)
-            assert text.split(model.eoa)[0] == expected["response"]
+# ---- pictures and text ----
 
 
 def test_pictures_are_encoded_under_autocast_to_the_other_half_type(image):

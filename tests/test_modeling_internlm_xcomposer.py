@@ -1,5 +1,6 @@
 """The first generation's configuration, files and model, against the goldens of the published code."""
 
+import copy
 import json
 import math
 
@@ -292,6 +293,75 @@ def test_ids_and_pictures_generate_the_published_tokens(model, name):
             inputs_embeds=embeds, max_length=33, do_sample=False, **settings
         )
         assert tokens[0].tolist() == [1, *expected["new_tokens"]]
+
+
+def swap_flags(model) -> None:
+    start, end = model.flag_image_start, model.flag_image_end
+    model.flag_image_start, model.flag_image_end = end, start
+
+
+def set_tower_norms(model) -> None:
+    for module in model.visual_encoder.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-5
+
+
+def set_queries_norms(model) -> None:
+    for module in model.Qformer.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-5
+
+
+def skip_last_block(model) -> None:
+    del model.visual_encoder.encoder.layers[-1]
+
+
+def drop_bias(linear: str):
+    def change(model) -> None:
+        for layer in model.internlm_model.model.layers:
+            layer.self_attn.get_submodule(linear).bias.zero_()
+
+    return change
+
+
+def scale_low_rank(scale: float):
+    def change(model) -> None:
+        for module in model.modules():
+            if isinstance(module, LowRankLinear):
+                module.scale = scale
+
+    return change
+
+
+SLIPS = {
+    "reference": lambda model: None,
+    "ln_vision eps 1e-6 instead of 1e-5": lambda model: setattr(model.ln_vision, "eps", 1e-6),
+    "tower norms eps 1e-5 instead of 1e-6": set_tower_norms,
+    "q-former norms eps 1e-5 instead of 1e-12": set_queries_norms,
+    "tower last block skipped": skip_last_block,
+    "flags swapped": swap_flags,
+    "low-rank off": scale_low_rank(0.0),
+    "low-rank scale 1 instead of alpha/r": scale_low_rank(1.0),
+    **{f"{name} bias left out": drop_bias(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_moves_the_numbers_as_recorded(kept, slip):
+    """So each of these details is as in the published code, which the reference is."""
+    expected = golden("sensitivity")[0][slip]
+    case, tensors = golden("single_small")
+    changed = copy.deepcopy(kept)
+    SLIPS[slip](changed)
+    path = picture(case["call"]["image"])
+    moved = (changed.encode_img(path)[0] - tensors["img0_embeds"]).abs().max().item()
+    assert moved == pytest.approx(expected["img_embeds_max"], rel=0.05, abs=1e-5)
+    inputs = inputs_of(case["segments"], [path], kept)
+    logits = [tested(**inputs).logits[0, -1] for tested in (changed, kept)]
+    moved = (logits[0] - logits[1]).abs().max().item()
+    assert moved == pytest.approx(expected["logits_last_max"], rel=0.05, abs=2e-5)
+    assert bool(logits[0].argmax() == logits[1].argmax()) == expected["argmax_same"]
 
 
 def test_weights_without_low_rank_ones_give_their_own_numbers(tmp_path):
