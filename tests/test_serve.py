@@ -8,13 +8,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from finetune_helpers import save_model
+from first_generation import tiny_first
 from helpers import ROOT
 from openai import BadRequestError, OpenAI
 from test_docs import blocks_of, offline_environment
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -38,10 +41,9 @@ def wait_for(server: subprocess.Popen, url: str, log: Path) -> None:
     pytest.fail(f"the server did not start:\n{log.read_text()[-3000:]}")
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory) -> Iterator[OpenAI]:
-    """A client of a server that has loaded nano."""
-    folder = tmp_path_factory.mktemp("serve")
+@contextmanager
+def serving(directory: Path, folder: Path) -> Iterator[OpenAI]:
+    """A client of a server that loads the model in a directory, which logs into a folder."""
     port, log = free_port(), folder / "log.txt"
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "."]
     with log.open("w") as output:
@@ -50,7 +52,7 @@ def client(tmp_path_factory) -> Iterator[OpenAI]:
             stdout=output,
             stderr=subprocess.STDOUT,
             env=offline_environment(folder / "home"),
-            cwd=ROOT,
+            cwd=directory,
         )
     try:
         wait_for(server, f"http://127.0.0.1:{port}", log)
@@ -62,6 +64,13 @@ def client(tmp_path_factory) -> Iterator[OpenAI]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory) -> Iterator[OpenAI]:
+    """A client of a server that has loaded nano."""
+    with serving(ROOT, tmp_path_factory.mktemp("serve")) as opened:
+        yield opened
 
 
 def data_uri(name: str) -> str:
@@ -185,3 +194,31 @@ def test_options_of_a_template_open_nothing(client):
                 ask(star, "What shape is it?"),
                 extra_body={"chat_template_kwargs": options},
             )
+
+
+def test_the_first_generation_is_served_too(tmp_path):
+    """With the turns of its template; a random model, which must not write broken characters."""
+    model = tiny_first(max_position_embeddings=2048)
+    model.generation_config.suppress_tokens = list(range(3, 259))  # bytes
+    save_model(model, model.tokenizer, "", tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    image = ROOT / "examples" / "star.png"
+    content = [{"type": "image", "path": str(image)}, {"type": "text", "text": "What is it?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    num_ids = inputs["input_ids"].shape[1]
+    ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, num_ids:]
+    expected = processor.decode(ids, skip_special_tokens=True).split("<TOKENS_UNUSED_1>")[0]
+    with serving(tmp_path / "model", tmp_path) as served:
+        completion = complete(served, ask(picture("star.png"), "What is it?"))
+        chunks = [
+            c.choices[0] for c in complete(served, ask(picture("star.png"), "What is it?"), stream=True)
+        ]
+    assert completion.choices[0].message.content == expected != ""
+    assert completion.usage.prompt_tokens == num_ids
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == expected
