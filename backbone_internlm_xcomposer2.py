@@ -31,7 +31,7 @@ from .checkpoint_internlm_xcomposer2 import (
 )
 from .files_internlm_xcomposer2 import blaming, finish_saving, saved_aside
 from .image_processing_internlm_xcomposer2 import check_grids, default_hd_num, tokens_of_grid
-from .modeling_internlm2 import check_ids
+from .inputs_internlm_xcomposer2 import check_ids, check_image_mask
 from .prompt_internlm_xcomposer2 import check_length, context_length
 from .quantization_internlm_xcomposer2 import (
     FULL_PRECISION_MODULES,
@@ -257,6 +257,7 @@ class BackboneMixin:
                 tokens differ.
         """
         check_ids(input_ids, self.config.text_config.vocab_size)
+        check_image_mask(im_mask, input_ids)
         if pixel_values is None and features is None:
             return self.get_input_embeddings()(input_ids), None
         im_mask = (

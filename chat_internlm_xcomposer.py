@@ -16,8 +16,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from .build_mlp import leaves_autocast
 from .cache_internlm_xcomposer2 import ChatHistory
 from .chat_internlm_xcomposer2 import AnswerWriter, ChatStream, check_batch
-from .embedding_methods_internlm_xcomposer2 import IGNORED
 from .image_processing_internlm_xcomposer2 import Visual, as_visuals, check_pixels, prepare_visuals
+from .inputs_internlm_xcomposer2 import IGNORED
 from .prompt_internlm_xcomposer2 import (
     FIRST_META_INSTRUCTION,
     ChatPrompt,

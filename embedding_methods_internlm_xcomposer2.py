@@ -20,6 +20,7 @@ from .image_processing_internlm_xcomposer2 import (
     check_stack,
     prepare_visuals,
 )
+from .inputs_internlm_xcomposer2 import IGNORED
 from .media_internlm_xcomposer2 import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from .prompt_internlm_xcomposer2 import (
     batch_inputs,
@@ -33,9 +34,6 @@ from .prompt_internlm_xcomposer2 import (
     plan_chat,
 )
 from .tokenization_internlm_xcomposer2 import BEGIN_OF_TURN, END_OF_TURN, IMAGE_MARK
-
-# Label of a token that doesn't count in the loss.
-IGNORED = -100
 
 # The published default of `encode_img`; `chat` uses `config.hd_num`.
 HD_NUM_OF_ENCODE_IMG = 25

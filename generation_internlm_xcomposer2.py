@@ -34,7 +34,7 @@ from .cache_internlm_xcomposer2 import (
     rotates_by_length,
 )
 from .image_processing_internlm_xcomposer2 import PictureMemo, Visual, prepare_visuals
-from .modeling_internlm2 import check_ids, check_image_mask
+from .inputs_internlm_xcomposer2 import check_embeds, check_ids, check_image_mask, check_tensor
 from .prompt_internlm_xcomposer2 import ChatPrompt, batch_inputs, check_length, context_length
 from .settings_internlm_xcomposer2 import (
     as_list,
@@ -248,15 +248,14 @@ class GenerateMixin:
         prompt = ids if inputs_embeds is None else inputs_embeds
         if ids is not None:
             check_ids(ids, self.config.text_config.vocab_size)
-        if inputs_embeds is not None and (
-            not isinstance(inputs_embeds, Tensor) or inputs_embeds.ndim != 3 or not inputs_embeds.numel()
-        ):
-            shape = tuple(getattr(inputs_embeds, "shape", ()))
-            raise ValueError(f"inputs_embeds must be (batch, tokens, hidden), not of the shape {shape}")
+        if inputs_embeds is not None:
+            check_embeds(inputs_embeds, self.config.text_config.hidden_size)
         if prompt is None:
             return
         check_length(prompt.shape[1], (), context_length(self.config))
         mask, cache = kwargs.get("attention_mask"), kwargs.get(CACHE)
+        if mask is not None:
+            check_tensor("attention_mask", mask)
         lengths = {prompt.shape[1], prompt.shape[1] + (0 if cache is None else cache.get_seq_length())}
         # transformers 5.16 passes a guessing model a mask that is one longer.
         guesses = getattr(kwargs.get("generation_config"), "is_assistant", False)

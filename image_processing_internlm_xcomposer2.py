@@ -33,6 +33,7 @@ from .checkpoint_internlm_xcomposer2 import (
 )
 from .configuration_internlm_xcomposer2 import IMAGE_PROCESSOR_AUTO_MAP, VERSIONS
 from .files_internlm_xcomposer2 import PROCESSOR_KINDS, blaming, check_fields
+from .inputs_internlm_xcomposer2 import check_integers, check_pixel_values
 from .ixc_utils import (
     Font,
     check_hd_num,
@@ -447,9 +448,11 @@ def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> l
     """The grids as pairs of ints, after checking that they account for every tile.
 
     Raises:
-        ValueError: they don't; the message has both numbers.
+        ValueError: they don't; the message has both numbers. Or pixels aren't finite.
+        TypeError: something isn't a tensor, or of the wrong kind.
     """
     side = config.img_size
+    check_pixel_values(pixel_values)
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
         raise ValueError(
             f"pixel_values have the shape {tuple(pixel_values.shape)}; this checkpoint reads "
@@ -464,6 +467,7 @@ def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> l
     if image_grid_hw is None:
         raise ValueError("image_grid_hw is needed: rows and columns of the tiles of each picture")
     table = torch.as_tensor(image_grid_hw)
+    check_integers("image_grid_hw", table)
     if table.ndim != 2 or table.shape[1] != 2:
         raise ValueError(f"image_grid_hw has the shape {tuple(table.shape)}; it needs (pictures, 2)")
     grids = [(int(rows), int(cols)) for rows, cols in table.tolist()]

@@ -16,6 +16,13 @@ from transformers.utils import can_return_tuple, is_flash_attn_2_available, is_k
 from .build_mlp import LowRankUp, PLoRA, image_row_indices, introduce_to_peft, outside_autocast
 from .cache_internlm_xcomposer2 import CACHE, CACHE_NAMES, GrowingCache, accepts_both_names
 from .configuration_internlm_xcomposer2 import InternLMXcomposer2TextConfig, check_infer_mode
+from .inputs_internlm_xcomposer2 import (
+    check_attention_mask,
+    check_embeds,
+    check_ids,
+    check_image_mask,
+    check_positions,
+)
 
 
 class InternLM2RMSNorm(nn.Module):
@@ -339,8 +346,10 @@ class InternLM2Model(InternLM2PreTrainedModel):
         if inputs_embeds is None:
             check_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.tok_embeddings(input_ids)
+        check_embeds(inputs_embeds, self.config.hidden_size)
         check_image_mask(im_mask, inputs_embeds)
         check_attention_mask(attention_mask, inputs_embeds, cache)
+        check_positions(position_ids, inputs_embeds)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache, cache = False, None
@@ -392,52 +401,6 @@ def default_positions(inputs_embeds: Tensor, cache: Cache | None, attention_mask
         return positions[:, -inputs_embeds.shape[1] :]
     past = cache.get_seq_length() if cache is not None else 0
     return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
-
-
-def check_image_mask(im_mask: Tensor | None, inputs_embeds: Tensor) -> None:
-    """Raise `ValueError` unless the mask covers exactly the tokens."""
-    if im_mask is not None and tuple(im_mask.shape) != tuple(inputs_embeds.shape[:2]):
-        raise ValueError(
-            f"im_mask has the shape {tuple(im_mask.shape)} but the tokens {tuple(inputs_embeds.shape[:2])}; "
-            "it needs one value per token"
-        )
-
-
-def check_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Raise `TypeError` or `ValueError` for anything but (batch, tokens) ids of the vocabulary."""
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids must be a tensor, not {type(input_ids).__name__}")
-    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-        raise TypeError(f"input_ids must be integers, not {input_ids.dtype}")
-    if input_ids.ndim != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids must be (batch, tokens), not of the shape {tuple(input_ids.shape)}")
-    # What `generate` chose itself needs no look, for which a GPU would wait.
-    if torch.compiler.is_compiling() or (input_ids.shape[1] == 1 and input_ids.device.type != "cpu"):
-        return
-    lowest, highest = input_ids.min().item(), input_ids.max().item()
-    if lowest < 0 or highest >= vocab_size:
-        wrong = lowest if lowest < 0 else highest
-        raise ValueError(
-            f"input_ids contain {wrong}, but the vocabulary has the ids 0 to {vocab_size - 1}; load the "
-            "tokenizer that comes with the checkpoint"
-        )
-
-
-def check_attention_mask(attention_mask, inputs_embeds: Tensor, cache: Cache | None) -> None:
-    """Raise `ValueError` unless a mask of rows covers what is cached and the tokens.
-
-    Masks of more dimensions are the caller's, and caches of a fixed size have longer ones.
-    """
-    grows = cache is None or isinstance(cache, GrowingCache)
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim > 2 or not grows:
-        return
-    cached = 0 if cache is None else cache.get_seq_length()
-    wanted = (inputs_embeds.shape[0], cached + inputs_embeds.shape[1])
-    if tuple(attention_mask.shape) != wanted:
-        raise ValueError(
-            f"attention_mask has the shape {tuple(attention_mask.shape)} but should have {wanted}: (batch, "
-            f"tokens), {cached} of them cached"
-        )
 
 
 def check_attention(config) -> None:

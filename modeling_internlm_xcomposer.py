@@ -48,6 +48,7 @@ from .configuration_internlm_xcomposer import (
 from .configuration_internlm_xcomposer2 import check_infer_mode
 from .generation_internlm_xcomposer2 import GenerateMixin, published_arguments
 from .image_processing_internlm_xcomposer2 import VisProcessor, check_grids
+from .inputs_internlm_xcomposer2 import check_attention_mask, check_embeds, check_labels, check_positions
 from .modeling_internlm2 import check_attention, default_positions
 from .quantization_internlm_xcomposer2 import Packing, pack_linears
 
@@ -387,6 +388,9 @@ class InternLMXComposerForCausalLM(
         position_ids: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
+        check_embeds(inputs_embeds, self.config.text_config.hidden_size)
+        check_attention_mask(attention_mask, inputs_embeds, cache)
+        check_positions(position_ids, inputs_embeds)
         if position_ids is None:  # as in every later step of `generate`, padding has none
             position_ids = default_positions(inputs_embeds, cache, attention_mask)
         return self.internlm_model.model(
@@ -450,6 +454,8 @@ class InternLMXComposerForCausalLM(
             input_ids = pixel_values = None
             # Padding on the right has positions too, as published.
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        check_labels(labels, tokens, self.config.text_config.vocab_size)
         outputs = self.run_decoder(
             input_ids,
             inputs_embeds,

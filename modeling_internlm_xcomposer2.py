@@ -37,6 +37,7 @@ from .embedding_methods_internlm_xcomposer2 import set_random_seed as set_random
 from .embedding_methods_internlm_xcomposer2 import video_extensions as video_extensions
 from .generation_internlm_xcomposer2 import GenerateMixin
 from .image_processing_internlm_xcomposer2 import VisProcessor
+from .inputs_internlm_xcomposer2 import check_labels
 from .ixc_utils import get_font
 from .kernels_internlm_xcomposer2 import Linear, with_kernels
 from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_attention
@@ -231,6 +232,8 @@ class InternLMXComposer2ForCausalLM(
         if samples is not None:
             inputs_embeds, attention_mask, labels, im_mask = self.embed_samples(samples)
             input_ids = pixel_values = None
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        check_labels(labels, tokens, self.config.text_config.vocab_size)
         if use_cache is None and labels is not None:
             use_cache = False
         outputs = self.run_decoder(

@@ -61,7 +61,7 @@ _FENCE = "```"
 MAX_RESUME_BYTES = 4 << 20  # several times what the longest context holds
 PAGE_ROOM = 1 << 20  # bytes that a directory must have room for; the longest answers have a tenth
 MAX_NAME_BYTES = 255  # of common file systems
-_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
+_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f\ud800-\udfff/\\:*?"<>|]')
 _DEVICES = frozenset(
     ["CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))]
 )

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 from internlm_xcomposer2.configuration_internlm_xcomposer2 import FIRST_GENERATION, VERSIONS
-from internlm_xcomposer2.embedding_methods_internlm_xcomposer2 import IGNORED, find_answers
+from internlm_xcomposer2.embedding_methods_internlm_xcomposer2 import find_answers
 from internlm_xcomposer2.image_processing_internlm_xcomposer2 import (
     PreparedImage,
     Visual,
@@ -16,6 +16,7 @@ from internlm_xcomposer2.image_processing_internlm_xcomposer2 import (
     preprocess_video,
     video_visual,
 )
+from internlm_xcomposer2.inputs_internlm_xcomposer2 import IGNORED
 from internlm_xcomposer2.ixc_utils import check_hd_num, plan_tiles
 from internlm_xcomposer2.media_internlm_xcomposer2 import frame_sizes, image_size, is_video, load_image
 from internlm_xcomposer2.prompt_internlm_xcomposer2 import (

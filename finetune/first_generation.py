@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from internlm_xcomposer2.chat_internlm_xcomposer import align_text, answer_labels
 from internlm_xcomposer2.configuration_internlm_xcomposer2 import FIRST_GENERATION
-from internlm_xcomposer2.embedding_methods_internlm_xcomposer2 import IGNORED
+from internlm_xcomposer2.inputs_internlm_xcomposer2 import IGNORED
 from internlm_xcomposer2.processing_internlm_xcomposer2 import default_template
 from internlm_xcomposer2.prompt_internlm_xcomposer2 import encode_prompt, format_first_system, place_images
 from internlm_xcomposer2.tokenization_internlm_xcomposer2 import (

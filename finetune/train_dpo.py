@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from internlm_xcomposer2.embedding_methods_internlm_xcomposer2 import IGNORED
+from internlm_xcomposer2.inputs_internlm_xcomposer2 import IGNORED
 from torch import Tensor, nn
 
 from .dataset import RowEncoder
