@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from first_generation import tiny_first
 from helpers import ROOT, tiny_model
 from internlm_xcomposer2 import InternLMXcomposer2Config, InternLMXComposer2ForCausalLM
 from internlm_xcomposer2.access_internlm_xcomposer2 import SERVER_MODULE
@@ -96,6 +97,43 @@ def _():
     assert "image_processor_classes" in parameters_of(AutoImageProcessor.register)
     processor = AutoImageProcessor.from_pretrained(ROOT)
     assert type(processor).__name__ == "InternLMXComposer2ImageProcessor"
+
+
+@entry("conversion_mapping, core_model_loading")
+def _(tmp_path):
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+    assert parameters_of(ConversionOps.convert)[1:4] == ["input_dict", "source_patterns", "target_patterns"]
+    assert parameters_of(WeightRenaming)[:2] == ["source_patterns", "target_patterns"]
+    assert {"source_patterns", "target_patterns", "operations"} <= set(parameters_of(WeightConverter))
+    assert "overwrite" in parameters_of(register_checkpoint_conversion_mapping)
+    model = tiny_first(internlm_lora={"lora_r": 2, "lora_alpha": 4})
+    low_rank = [name for name in model.state_dict() if name.endswith("low_rank_B.weight")]
+    for name in low_rank:
+        torch.nn.init.normal_(model.get_parameter(name))
+    model.save_pretrained(tmp_path)
+    folded = type(model).from_pretrained(
+        tmp_path
+    )  # an operation sees what the file has, and the configuration
+    ids = torch.arange(290, 300)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(folded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+    folded.save_pretrained(tmp_path / "again")  # one without low-rank weights
+    again = type(model).from_pretrained(tmp_path / "again")
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in folded.state_dict().items())
+
+
+@entry("Blip2VisionModel.post_layernorm")
+def _():
+    from transformers import Blip2VisionConfig, Blip2VisionModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower = Blip2VisionModel(Blip2VisionConfig(**sizes, image_size=28)).eval()
+    pixels = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    normed, norm = tower(pixels).last_hidden_state, tower.post_layernorm
+    tower.post_layernorm = nn.Identity()
+    torch.testing.assert_close(norm(tower(pixels).last_hidden_state), normed, rtol=0, atol=1e-6)
 
 
 @entry("initialization")
