@@ -104,10 +104,17 @@ def check_numbers(settings: Mapping[str, object]) -> None:
     for name, least in COUNTS.items():
         _check_count(name, settings.get(name), least)
     for name, limits in NUMBERS.items():
-        _check_number(name, settings.get(name), *limits)
+        if not (name == "temperature" and _says_greedy(settings)):
+            _check_number(name, settings.get(name), *limits)
     for name in FLAGS:
         if not isinstance(settings.get(name), bool | None):
             raise TypeError(f"{name} must be True or False, not {settings[name]!r:.80}")
+
+
+def _says_greedy(settings: Mapping[str, object]) -> bool:
+    """Whether a temperature of 0 comes with `do_sample=False`, as evaluation harnesses write it."""
+    value = settings.get("temperature")
+    return settings.get("do_sample") is False and not isinstance(value, bool) and value == 0
 
 
 def check_values(text_config, settings: Mapping[str, object]) -> None:

@@ -124,6 +124,13 @@ def test_generate_refuses_what_chat_would_not_pass(idle, arguments):
         idle.generate(input_ids=torch.full((1, 3), 9), **arguments)
 
 
+@pytest.mark.parametrize("zero", [0, 0.0])
+def test_a_temperature_of_zero_may_accompany_greedy_decoding(model, zero):
+    """Evaluation harnesses pass both."""
+    asked = {"input_ids": torch.full((1, 3), 9), "max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(**asked, temperature=zero), model.generate(**asked))
+
+
 def test_settings_by_position_and_in_a_configuration(idle):
     ids = torch.full((1, 3), 9)
     with pytest.raises(TypeError, match="generation_config must be"):
