@@ -35,6 +35,7 @@ class Size:
     adapters: dict[str, int]
     vision: dict[str, int]
     picture: tuple[int, int]  # (height, width) in px of the picture that is asked about
+    version: str = "2.5"
 
 
 def _text(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int, rank: int) -> dict:
@@ -73,6 +74,13 @@ SIZES = {
         vision=_vision(256, 6, 4, 560),
         picture=(2160, 3840),
     ),
+    "1.8b": Size(  # internlm-xcomposer2-vl-1_8b; the decoder's sizes are assumed
+        text=_text(2048, 8192, 24, 16, 92544, 256),
+        adapters={},
+        vision=_vision(1024, 24, 16, 490),
+        picture=(490, 490),
+        version="2",
+    ),
 }
 
 
@@ -89,7 +97,7 @@ def build_config(size: str, *, adapters: bool = True, attention: str = "sdpa"):
     from internlm_xcomposer2 import InternLMXcomposer2Config
 
     return InternLMXcomposer2Config(
-        version="2.5",
+        version=SIZES[size].version,
         **SIZES[size].text,
         vision_config=SIZES[size].vision,
         task_adapters=SIZES[size].adapters if adapters else {},

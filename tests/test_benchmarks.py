@@ -7,10 +7,20 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import HERE, ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
-MODULES = ("batch", "chat_turns", "common", "memory", "prefill_decode", "preprocess", "report", "vision")
+MODULES = (
+    "batch",
+    "chat_turns",
+    "common",
+    "full_size",
+    "memory",
+    "prefill_decode",
+    "preprocess",
+    "report",
+    "vision",
+)
 TINY = ["--size", "tiny", "--repeats", "1", "--same-process", "--threads", "1"]
 
 
@@ -68,6 +78,29 @@ def test_useful_products_are_those_that_torch_counts(run, monkeypatch):
     assert counter.get_total_flops() - above == pytest.approx(
         1e9 * prefill.useful_products(model, num_tokens, num_image)
     )
+
+
+def test_full_size(run, tmp_path):
+    pytest.importorskip("torchao")
+    report = run("full_size", "--folder", str(tmp_path / "made here"))
+    rows = {row["step"]: row for row in report["rows"]}
+    assert list(rows) == ["make", "load", "chat", "save", "compare", "quantize", "chat, 4 bits"]
+    assert rows["load"]["finite"] and rows["compare"]["equal"] and rows["compare"]["weights"] > 50
+    assert rows["quantize"]["disk_gb"] < rows["make"]["disk_gb"] == rows["save"]["disk_gb"]
+    for step in ("chat", "chat, 4 bits"):
+        assert rows[step]["first_token_s"] >= 0 and rows[step]["token_s"] > 0
+
+
+def test_the_1_8b_checkpoint_has_the_published_number_of_weights(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
+
+    with torch.device("meta"):
+        model = InternLMXComposer2ForCausalLM(importlib.import_module("common").build_config("1.8b"))
+    recorded = json.loads((HERE / "golden" / "state_dict_fullsize.json").read_text(encoding="utf-8"))
+    found = sum(weight.numel() for weight in model.parameters())
+    assert found == recorded["2-vl-1.8b(assumed dims)"]["params"]
+    sys.modules.pop("common", None)
 
 
 def test_vision(run):
