@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Settings:
         hd_num: local tiles of a picture; `None` where pictures are squares.
         query, option, empty_hint: forms of the question, with {question}, {options} and {hint}.
         prefix: how the answer was begun for the model.
+        mark, mark_of_several: what stood before the question for one picture, and for each of several.
         read: how the answer is read, one of `READERS`.
         score: the published one, of the split named.
     """
@@ -47,6 +49,8 @@ class Settings:
     query: str
     read: str
     prefix: str = ""
+    mark: str = ""
+    mark_of_several: str = ""
     option: str = ""
     empty_hint: str = ""
     cut_question_at: str = ""
@@ -83,7 +87,9 @@ class Settings:
 
     def chat_arguments(self, num_pictures: int = 1) -> dict:
         """Keyword arguments of `chat`. What is not known is left to its defaults, but nothing is sampled."""
-        arguments = {"do_sample": False, "use_meta": self.with_system}
+        arguments = {"do_sample": False}
+        if self.version != "1.0-vl":  # the first generation's `chat` has its own system text and prompt
+            arguments |= {"use_meta": self.with_system, "answer_prefix": self.prefix}
         for name in ("num_beams", "max_new_tokens", "repetition_penalty"):
             value = getattr(self, name)
             if value != UNKNOWN:
@@ -93,6 +99,12 @@ class Settings:
         if self.kind == "video" and isinstance(self.num_frames, int):
             arguments["num_frames"] = self.num_frames
         return arguments
+
+    def marks(self, num_pictures: int) -> str:
+        """What stands before the question for so many pictures; nothing where `chat` decides."""
+        if num_pictures < 2:
+            return self.mark * num_pictures
+        return " ".join(self.mark_of_several.format(number=number + 1) for number in range(num_pictures))
 
     def tiles(self, num_pictures: int) -> int:
         """`hd_num` for so many pictures."""
@@ -125,8 +137,21 @@ def read_table() -> dict:
     return table
 
 
-def settings_of(benchmark: str, version: str) -> Settings:
+def benchmark_of(task: str, harness: str = "lmms_eval") -> str | None:
+    """The benchmark that a harness's task belongs to, and None for any other task."""
+    for name, entry in read_table()["benchmarks"].items():
+        patterns = entry.get("harness", {}).get(harness, [])
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        if any(fnmatchcase(task, pattern) for pattern in patterns):
+            return name
+    return None
+
+
+def settings_of(benchmark: str, version: str, split: str | None = None) -> Settings:
     """The settings of a version for a benchmark.
+
+    Args:
+        split: one of the data set's, for which a version may have settings of its own.
 
     Raises:
         ValueError: the table has no such benchmark, or not for this version.
@@ -138,6 +163,7 @@ def settings_of(benchmark: str, version: str) -> Settings:
     if version not in entry["versions"]:
         raise ValueError(f"{benchmark} has no {version!r}; it has {', '.join(entry['versions'])}")
     own = entry["versions"][version]
+    own = {**own, **(own.get(split) or {})} if split else own
     values = {**table["defaults"][version], **own}
     form = own.get("prompt", entry["prompt"])
     prompt = table["prompts"][form]
@@ -155,6 +181,7 @@ def settings_of(benchmark: str, version: str) -> Settings:
         **{name: prompt[name] for name in ("query", "max_new_tokens", "read")},
         **{name: prompt.get(name, "") for name in ("prefix", "option", "empty_hint", "cut_question_at")},
         **{name: values.get(name) for name in ("num_frames", "id_scale", "hd_num_of_several")},
+        **{name: values.get(name, "") for name in ("mark", "mark_of_several")},
         **{name: own[name] for name in ("split", "score", "source") if name in own},
     )
 

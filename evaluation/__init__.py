@@ -1,0 +1,1 @@
+"""How the authors of these models measured them, a runner for what no harness has, and a model for one."""
