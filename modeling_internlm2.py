@@ -106,8 +106,9 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(batch, heads, tokens, head_dim) rotated by (batch, tokens, head_dim) cosines and sines."""
-    cos, sin = cos[:, None], sin[:, None]
+    """(batch, ..., tokens, head_dim) rotated by (batch, tokens, head_dim) cosines and sines."""
+    for _ in range(x.ndim - cos.ndim):
+        cos, sin = cos[:, None], sin[:, None]
     return (x * cos + rotate_half(x) * sin).to(x.dtype)
 
 
@@ -134,6 +135,38 @@ def eager_attention_forward(
     weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def sdpa_of_one_token(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention of one token in each row, which may see all others that its mask doesn't hide.
+
+    The heads that share a key-value head are computed as if they were tokens of it, so that torch's kernels
+    read each key and value once, in products of several rows: many times as fast in half types on a CPU.
+
+    query (batch, heads, 1, d), key and value (batch, kv heads, all tokens, d), a mask that broadcasts to
+    (batch, heads, 1, all tokens) -> (batch, 1, heads, d).
+    """
+    groups = key.shape[1], -1
+    if attention_mask is not None and attention_mask.shape[1] > 1:
+        attention_mask = attention_mask.unflatten(1, groups).squeeze(3)
+    output = nn.functional.scaled_dot_product_attention(
+        query.unflatten(1, groups).squeeze(3),  # (batch, kv heads, heads of each, d)
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return output.flatten(1, 2)[:, None], None
 
 
 def build_linear(config: InternLMXcomposer2TextConfig, in_features: int, out_features: int) -> PLoRA:
@@ -188,14 +221,16 @@ class InternLM2Attention(nn.Module):
             d=self.head_dim,
             r=self.num_key_value_groups + 2,
         )
-        query, key, value = packed[:, :, :-2].flatten(1, 2), packed[:, :, -2], packed[:, :, -1]
-        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        rotated, value = apply_rotary(packed[:, :, :-1], *position_embeddings), packed[:, :, -1]
+        query, key = rotated[:, :, :-1].flatten(1, 2), rotated[:, :, -1]
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
 
         attention_interface = eager_attention_forward
         if self.config._attn_implementation != "eager":
             attention_interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        if self.config._attn_implementation == "sdpa" and hidden_states.shape[1] == 1:
+            attention_interface = sdpa_of_one_token
         output, weights = attention_interface(
             self,
             query,
