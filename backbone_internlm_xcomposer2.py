@@ -66,9 +66,12 @@ class BackboneMixin:
     Attributes:
         num_processes: how many processes the decoder is split across (tensor parallelism).
         full_precision_modules: what no quantiser touches.
+        may_be_mapped: whether weights may still be those of a mapped file; the first call of `generate` moves
+            those that each step reads into memory.
     """
 
     num_processes = 1
+    may_be_mapped = False
     full_precision_modules = FULL_PRECISION_MODULES
 
     # ---- loading and saving ----
@@ -148,6 +151,7 @@ class BackboneMixin:
             model.name_or_path = model.config.name_or_path = str(source)
         model._settle_loaded()
         settle_quantized(model)
+        model.may_be_mapped = True
         return (model, info) if output_loading_info else model
 
     @classmethod

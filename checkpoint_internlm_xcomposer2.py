@@ -20,6 +20,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import GenerationConfig
+from transformers import initialization as init
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from .configuration_internlm_xcomposer import MODEL_TYPE, InternLMXComposerConfig, is_first_generation
@@ -451,7 +452,7 @@ def quantize_fields(source: str | os.PathLike, **hub_arguments) -> dict:
 
 def skeleton(model_class: type[torch.nn.Module], config: InternLMXcomposer2Config) -> torch.nn.Module:
     """The model without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), init.no_init_weights():
         return model_class(config)
 
 

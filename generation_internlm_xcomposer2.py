@@ -35,6 +35,7 @@ from .cache_internlm_xcomposer2 import (
 )
 from .image_processing_internlm_xcomposer2 import PictureMemo, Visual, prepare_visuals
 from .inputs_internlm_xcomposer2 import check_embeds, check_ids, check_image_mask, check_tensor
+from .kernels_internlm_xcomposer2 import own_memory
 from .prompt_internlm_xcomposer2 import ChatPrompt, batch_inputs, check_length, context_length
 from .settings_internlm_xcomposer2 import (
     as_list,
@@ -234,6 +235,9 @@ class GenerateMixin:
             kwargs["inputs_embeds"] = inputs_embeds
         if not args:
             kwargs = self._with_our_cache(ids, kwargs)
+        if self.may_be_mapped:
+            self.may_be_mapped = False
+            own_memory(self)
         with same_draws(self):
             return super().generate(ids, *args, **kwargs)
 

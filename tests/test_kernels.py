@@ -1,13 +1,21 @@
 """Kernels: which is chosen, that all compute the same, and the layouts of 4-bit weights."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
 from helpers import random_pictures, tiny_model
 from internlm_xcomposer2 import kernels_internlm_xcomposer2 as kernels
+from internlm_xcomposer2.cache_internlm_xcomposer2 import origin_of
 from internlm_xcomposer2.kernels_internlm_xcomposer2 import Int4Weight, Linear, int4_layout, multiply
+from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+ON_LINUX = pytest.mark.skipif(
+    sys.platform != "linux", reason="weights are moved where /proc tells their place"
+)
 
 
 def random_product(dtype, rows=(3, 5), inputs=96, outputs=64, seed=0):
@@ -47,7 +55,7 @@ def test_a_forced_kernel_is_used_where_it_can_be(monkeypatch):
         ("onednn", torch.float32, 2),
         ("float32", torch.bfloat16, 40),
         ("rows", torch.float16, 2),
-        ("onednn", torch.bfloat16, 2),  # torch's own way, which is oneDNN already
+        ("onednn", torch.bfloat16, 40),  # torch's own way, which is oneDNN already
         ("rows", torch.bfloat16, 40),  # too many
     ):
         monkeypatch.setenv(kernels.SETTING, kernel)
@@ -270,3 +278,124 @@ def test_a_model_computes_the_same_with_all_kernels(monkeypatch, kernel, dtype):
     monkeypatch.setenv(kernels.SETTING, kernel)
     limit = 1e-5 if dtype == "float32" else 0.1
     torch.testing.assert_close(model(ids, **inputs, infer_mode="write").logits, expected, rtol=0, atol=limit)
+
+
+# ---- where weights lie ----
+
+
+def mapped_linear(folder, values=None):
+    """A linear whose weight is mapped from a file, and the file."""
+    values = torch.arange(96 * 64, dtype=torch.float32).view(96, 64) if values is None else values
+    save_file({"weight": values}, folder / "weight.safetensors")
+    linear = Linear(values.shape[1], values.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(load_file(folder / "weight.safetensors")["weight"])
+    return linear, folder / "weight.safetensors"
+
+
+def is_mapped(weight) -> bool:
+    places = kernels._mapped_files()
+    return any(start <= weight.data_ptr() < stop for start, stop, *_ in places)
+
+
+@pytest.fixture
+def all_are_large(monkeypatch):
+    monkeypatch.setattr(kernels, "LARGE", 1)
+    monkeypatch.setattr(kernels, "_NARROW", 0)
+    monkeypatch.delenv(kernels.SETTING, raising=False)
+
+
+@ON_LINUX
+def test_mapped_weights_move_into_memory(tmp_path, all_are_large):
+    linear, _ = mapped_linear(tmp_path)
+    weight, before = linear.weight, linear.weight.detach().clone()
+    assert is_mapped(weight)
+    assert kernels.own_memory(linear) == weight.nbytes and not is_mapped(weight)
+    assert linear.weight is weight and torch.equal(weight, before)
+    assert kernels.own_memory(linear) == 0
+    with torch.no_grad():
+        weight += 1
+    assert torch.equal(weight, before + 1)
+
+
+@ON_LINUX
+@pytest.mark.parametrize("reason", ["no room", "torch", "changed", "narrow", "small"])
+def test_which_weights_stay_mapped(tmp_path, all_are_large, monkeypatch, reason):
+    linear, _ = mapped_linear(tmp_path)
+    if reason == "no room":
+        monkeypatch.setattr(kernels, "free_memory", lambda: linear.weight.nbytes)
+    elif reason == "torch":
+        monkeypatch.setenv(kernels.SETTING, "torch")
+    elif reason == "changed":  # the file has other numbers
+        with torch.no_grad():
+            linear.weight.mul_(2)
+    else:
+        monkeypatch.setattr(kernels, {"narrow": "_NARROW", "small": "LARGE"}[reason], 64 * 96 + 1)
+    expected = linear.weight.detach().clone()
+    assert kernels.own_memory(linear) == 0
+    assert is_mapped(linear.weight) and torch.equal(linear.weight, expected)
+
+
+@ON_LINUX
+def test_a_file_that_shrinks_is_an_error(tmp_path, all_are_large):
+    linear, path = mapped_linear(tmp_path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(OSError, match="1920 of 24576 bytes of a tensor"):
+        kernels.own_memory(linear)
+
+
+@ON_LINUX
+def test_the_first_answer_moves_what_decoding_reads(tmp_path, all_are_large):
+    saved = tiny_model("2.5")
+    saved.save_pretrained(tmp_path)
+    model = type(saved).from_pretrained(tmp_path).requires_grad_(True)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    before = origin_of(model, "base")
+    assert linears and all(is_mapped(module.weight) for module in linears)
+    with torch.inference_mode():
+        model.generate(torch.tensor([[1, 60, 70]]), max_new_tokens=2, min_new_tokens=2)
+    assert not any(is_mapped(module.weight) for module in linears) and not model.may_be_mapped
+    for name, weight in saved.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    assert origin_of(model, "base") == before  # what has been computed with the weights still holds
+    model(torch.tensor([[1, 60, 70]])).logits.sum().backward()
+    assert model.output.weight.grad is not None and not model.output.weight.is_inference()
+
+
+MEASURED = """
+import sys, torch
+from internlm_xcomposer2.kernels_internlm_xcomposer2 import Linear, own_memory
+from safetensors.torch import load_file
+
+def resident(name):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return 1024 * int(lines[name].split()[0])
+
+model = torch.nn.Sequential(*(Linear(2048, 4096, bias=False, device="meta") for _ in range(8)))
+before = resident("VmHWM")
+model.load_state_dict(load_file(sys.argv[1]), assign=True)
+print(own_memory(model), resident("VmHWM") - before)
+"""
+
+
+@ON_LINUX
+@pytest.mark.slow
+def test_memory_never_holds_weights_twice(tmp_path):
+    weights = {f"{index}.weight": torch.full((4096, 2048), float(index)) for index in range(8)}
+    save_file(weights, tmp_path / "weights.safetensors")
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "weights.safetensors")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    moved, grown = map(int, result.stdout.split())
+    assert moved == 8 * 4096 * 2048 * 4 and moved <= grown < 1.2 * moved
+
+
+@ON_LINUX
+def test_free_memory_ends_at_the_limit_of_the_control_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_CGROUP", tmp_path)
+    whole = kernels.free_memory()  # no control group
+    assert whole > 1 << 20
+    for name, text in {"max": "3000", "current": "2500", "stat": "anon 7\ninactive_file 400\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert kernels.free_memory() == 900
+    (tmp_path / "memory.max").write_text("max\n")
+    assert kernels.free_memory() > 1 << 20
