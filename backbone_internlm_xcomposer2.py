@@ -32,19 +32,18 @@ from .checkpoint_internlm_xcomposer2 import (
 from .files_internlm_xcomposer2 import blaming, finish_saving, saved_aside
 from .image_processing_internlm_xcomposer2 import check_grids, default_hd_num, tokens_of_grid
 from .inputs_internlm_xcomposer2 import check_ids, check_image_mask
+from .packing_internlm_xcomposer2 import packing_to_read, unpacked_shapes
 from .prompt_internlm_xcomposer2 import check_length, context_length
 from .quantization_internlm_xcomposer2 import (
     FULL_PRECISION_MODULES,
     add_to_config,
     check_savable,
     packing_fields,
-    packing_to_read,
     quantizer_argument,
     settle_linears,
     settle_quantized,
     settle_saved_metadata,
     unpack_linears,
-    unpacked_shapes,
 )
 
 

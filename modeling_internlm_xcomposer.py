@@ -50,7 +50,8 @@ from .generation_internlm_xcomposer2 import GenerateMixin, published_arguments
 from .image_processing_internlm_xcomposer2 import VisProcessor, check_grids
 from .inputs_internlm_xcomposer2 import check_attention_mask, check_embeds, check_labels, check_positions
 from .modeling_internlm2 import check_attention, default_positions
-from .quantization_internlm_xcomposer2 import Packing, pack_linears
+from .packing_internlm_xcomposer2 import Packing
+from .quantization_internlm_xcomposer2 import pack_linears
 
 LAYER_NORM_EPS = 1e-5  # of `ln_vision`; that of the tower and that of the Q-Former are others
 

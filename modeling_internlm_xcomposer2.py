@@ -41,7 +41,8 @@ from .inputs_internlm_xcomposer2 import check_labels
 from .ixc_utils import get_font
 from .kernels_internlm_xcomposer2 import Linear, with_kernels
 from .modeling_internlm2 import InternLM2Model, InternLM2PreTrainedModel, check_attention
-from .quantization_internlm_xcomposer2 import Packing, pack_linears
+from .packing_internlm_xcomposer2 import Packing
+from .quantization_internlm_xcomposer2 import pack_linears
 from .reward_internlm_xcomposer2 import RewardMixin, last_positions, pairwise_loss
 from .writing_internlm_xcomposer2 import WritingMixin
 

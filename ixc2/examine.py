@@ -39,7 +39,7 @@ from ..modeling_internlm_xcomposer2 import (
     InternLMXComposer2ForCausalLM,
     InternLMXComposer2ForSequenceClassification,
 )
-from ..quantization_internlm_xcomposer2 import Packing, packing_of, unpacked_shapes
+from ..packing_internlm_xcomposer2 import Packing, packing_of, unpacked_shapes
 from ..tokenization_internlm_xcomposer2 import tokenizer_class
 
 # Beginnings of tensor names, and what they belong to; the first match counts.

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..checkpoint_internlm_xcomposer2 import TensorHeader, load_torch_file, read_tensor
 from ..configuration_internlm_xcomposer2 import our_name
 from ..modeling_internlm_xcomposer import fold
-from ..quantization_internlm_xcomposer2 import FILE_TENSORS, WORD, pack_words
+from ..packing_internlm_xcomposer2 import FILE_TENSORS, WORD, pack_words
 from .adopt import check_loadable, staging_beside
 from .convert import INDEX, Piece, plan_pieces
 from .examine import LINEAR, Findings, examine

@@ -16,8 +16,10 @@ from helpers import (
     tiny_model,
 )
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM
+from internlm_xcomposer2 import packing_internlm_xcomposer2 as packing
 from internlm_xcomposer2 import quantization_internlm_xcomposer2 as quantization
-from internlm_xcomposer2.quantization_internlm_xcomposer2 import PackedLinear, packing_of, unpacked_shapes
+from internlm_xcomposer2.packing_internlm_xcomposer2 import packing_of, unpacked_shapes
+from internlm_xcomposer2.quantization_internlm_xcomposer2 import PackedLinear
 from packers import awq_parts, dequantise, gptq_parts, groups_of, pack_checkpoint
 from safetensors.torch import load_file
 from test_checkpoint import flat_config, logits_of, published_weights, write_published
@@ -114,7 +116,7 @@ def test_large_weights_are_unpacked_in_pieces(monkeypatch):
     numbers = numbers[0], np.maximum(numbers[1], 1), numbers[2]
     parts = gptq_parts(*numbers, groups, 4)
     whole = unpack(parts), unpack(awq_parts(*numbers))
-    monkeypatch.setattr(quantization, "_BLOCK", 1500)
+    monkeypatch.setattr(packing, "VALUES_AT_ONCE", 1500)
     assert torch.equal(unpack(parts), whole[0]) and torch.equal(unpack(awq_parts(*numbers)), whole[1])
 
 
@@ -228,7 +230,7 @@ def test_saving_writes_the_packed_weights_as_they_were_read(tmp_path, method, su
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     for name, value in packed.items():
         linear, _, part = name.rpartition(".")
-        if part in quantization.FILE_TENSORS:
+        if part in packing.FILE_TENSORS:
             assert torch.equal(saved[f"{linear.removesuffix('.linear')}.linear.{part}"], value)
     fields = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
     assert (fields["quant_method"], fields["bits"], fields["group_size"]) == (method, 4, 32)

@@ -10,7 +10,8 @@ from internlm_xcomposer2 import InternLMXComposer2ForCausalLM, InternLMXComposer
 from internlm_xcomposer2.ixc2 import quantize as room
 from internlm_xcomposer2.ixc2.main import main
 from internlm_xcomposer2.ixc2.quantize import Settings, quantize, quantize_weight
-from internlm_xcomposer2.quantization_internlm_xcomposer2 import PackedLinear, unpack_gptq
+from internlm_xcomposer2.packing_internlm_xcomposer2 import unpack_gptq
+from internlm_xcomposer2.quantization_internlm_xcomposer2 import PackedLinear
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_checkpoint import flat_config, logits_of, published_weights, write_published
