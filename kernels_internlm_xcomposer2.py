@@ -62,7 +62,7 @@ def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return outputs if bias is None else outputs.add_(bias)
 
 
-_WAYS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+WAYS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "torch": _by_torch,
     "onednn": _by_onednn,
     "float32": _by_float32,
@@ -128,7 +128,7 @@ def measured_kernel(dtype: torch.dtype, num_rows: int, num_threads: int) -> str:
     weight = torch.full((outputs, inputs), 0.5, dtype=dtype)
     x = torch.full((num_rows, inputs), 0.5, dtype=dtype)
     with torch.no_grad():
-        seconds = {way: _seconds(lambda way=way: _WAYS[way](x, weight, None)) for way in ways}
+        seconds = {way: _seconds(lambda way=way: WAYS[way](x, weight, None)) for way in ways}
     best = min(seconds, key=seconds.get)
     chosen = best if seconds["torch"] > _MARGIN * seconds[best] else "torch"
     kind = str(dtype).removeprefix("torch.")
@@ -161,7 +161,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     way = choose_kernel(weight, len(flat))
     if way == "torch":
         return nn.functional.linear(x, weight, bias)
-    return _WAYS[way](flat.contiguous(), weight, bias).view(*x.shape[:-1], len(weight))
+    return WAYS[way](flat.contiguous(), weight, bias).view(*x.shape[:-1], len(weight))
 
 
 def _is_plain_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -4,9 +4,10 @@
     python benchmarks/prefill_decode.py --tiles 2x3 --naive off --compile
 
 Prefill is the time to the first token of a prompt of embeddings, decode the time of each later one. Both are
-compared with what the machine can do: prefill with the rate of one large matrix product, counting only
-products that are needed (low-rank ones on image tokens, attention below the diagonal, the head on one
-position), decode with the rate of reading memory, counting each weight and each cached key and value once.
+compared with the most that the machine can do: prefill with the rate of one large matrix product in the
+fastest library and type, counting only products that are needed (low-rank ones on image tokens, attention
+below the diagonal, the head on one position), decode with the rate of reading memory, counting each weight
+and each cached key and value once.
 The naive way has attention materialised, logits at every position and a cache that is concatenated. The last
 line is JSON.
 """
@@ -120,7 +121,7 @@ def main() -> None:
     report = common.begin("prefill_decode", arguments)
     small = arguments.size == "tiny"
     torch.set_num_threads(arguments.threads)
-    limits = common.machine_limits(arguments.device, arguments.dtype, small=small)
+    limits = common.machine_limits(arguments.device, small=small)
     common.print_row(limits)
     rows = []
     for name in arguments.tiles:

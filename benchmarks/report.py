@@ -1,6 +1,6 @@
 """Run all benchmarks at medium size and write RESULTS.md and cost.png beside them.
 
-    python benchmarks/report.py            # runs everything, which takes about an hour on one core
+    python benchmarks/report.py            # runs everything, which takes about 45 minutes on one core
     python benchmarks/report.py --render   # only rewrites the files, from results.json
 
 Each command's last line, its JSON, is kept in results.json. The plot needs matplotlib.
@@ -15,15 +15,17 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RUNS = (
-    "prefill_decode.py",
-    "prefill_decode.py --tiles 2x3 --naive off --compile",
-    "chat_turns.py",
+    "prefill_decode.py --tiles 1x1 2x3 3x5 6x10 --repeats 1",
+    "prefill_decode.py --tiles 2x3 6x10 --repeats 1 --naive off --dtype bfloat16",
+    "chat_turns.py --turns 2",
     "memory.py",
-    "vision.py --tiles 2x3",
-    "vision.py --tiles 2x3 --pictures 4 --repeated",
-    "preprocess.py --threads 1 --pictures 1",
-    "preprocess.py --threads 2 --pictures 8 --minutes",
-    "batch.py --size nano --threads 2",
+    "vision.py --tiles 2x3 --pictures 1",
+    "vision.py --tiles 2x3 --pictures 4 --repeated --repeats 1",
+    "preprocess.py --threads 1 --frames",
+    "batch.py --size nano --threads 1",
+    "peers.py",
+    "few_bits.py --repeats 2",
+    "prefill_decode.py --tiles 2x3 --repeats 1 --naive off --compile",
 )
 INTRODUCTION = """# Results
 
@@ -79,7 +81,8 @@ def section(report: dict) -> str:
     if "limits" in report:
         limits = report["limits"]
         parts.append(
-            f"The machine does {limits['gflops']} GFLOP/s in one large matrix product and reads memory at "
+            f"The machine does {limits['gflops']} GFLOP/s in one large matrix product ({limits['fastest']}, "
+            f"the best of {', '.join(limits['rates'])}) and reads memory at "
             f"{limits['gb_per_s']} GB/s; `share` is the fraction of these rates."
         )
     parts.append(table(report["rows"]))

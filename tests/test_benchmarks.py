@@ -14,8 +14,10 @@ MODULES = (
     "batch",
     "chat_turns",
     "common",
+    "few_bits",
     "full_size",
     "memory",
+    "peers",
     "prefill_decode",
     "preprocess",
     "report",
@@ -30,8 +32,8 @@ def run(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     threads = torch.get_num_threads()
 
-    def call(name: str, *options: str) -> dict:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *TINY, *options])
+    def call(name: str, *options: str, common: list[str] = TINY) -> dict:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *common, *options])
         importlib.import_module(name).main()
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -60,7 +62,10 @@ def test_prefill_and_decode(run):
     for row in report["rows"]:
         assert row["prefill_share"] > 0 and row["decode_share"] > 0
     products = [row["prefill_gflops"] * row["prefill"]["median"] for row in report["rows"]]
-    assert report["limits"].keys() == {"gflops", "gb_per_s"} and products[0] <= products[2]
+    limits = report["limits"]
+    assert limits.keys() == {"gflops", "fastest", "rates", "gb_per_s"} and products[0] <= products[2]
+    assert limits["gflops"] == max(limits["rates"].values()) == limits["rates"][limits["fastest"]]
+    assert {"float32 by torch", "bfloat16 by torch"} <= limits["rates"].keys()
 
 
 def test_useful_products_are_those_that_torch_counts(run, monkeypatch):
@@ -111,8 +116,23 @@ def test_vision(run):
 
 def test_preprocessing(run):
     pytest.importorskip("av")
-    report = run("preprocess", "--pictures", "2", "--minutes", "0.5")
-    check(report, "preprocess", 4, ("time",))
+    report = run("preprocess", "--pictures", "2", "--minutes", "0.5", "--frames")
+    check(report, "preprocess", 12, ("time",))
+    frames = {row["of"] for row in report["rows"] if row["number"] == 16}
+    assert len(frames) == 4 and "Video_transform, 640x360" in frames
+
+
+@pytest.mark.parametrize("size", [(90, 160), (160, 90), (120, 120)])
+def test_both_ways_of_putting_frames_on_a_picture_give_the_same_bits(run, size):
+    """Except for the lines between frames, which the naive way leaves out."""
+    preprocess, common = importlib.import_module("preprocess"), importlib.import_module("common")
+    font = preprocess.get_font()
+    frame = common.draw_picture(*size)
+    assert preprocess.composite_naively([frame], font).tobytes() == preprocess.frame2img([frame]).tobytes()
+    composite = preprocess.frame2img([frame, frame])
+    assert (
+        preprocess.transform_naively(composite).tobytes() == preprocess.Video_transform(composite).tobytes()
+    )
 
 
 def test_both_ways_of_preprocessing_give_the_same_bits(run):
@@ -143,6 +163,35 @@ def test_memory(run):
 def test_a_batch(run):
     report = run("batch", "--conversations", "1", "2", "--new-tokens", "2")
     check(report, "batch", 4, ("time",))
+
+
+def test_peers_have_the_same_decoder_and_about_as_many_tokens(run):
+    report = run("peers", "--tokens", "260")
+    assert [row["mode"] for row in report["rows"]] == ["ours", "Qwen2.5-VL", "InternVL"]
+    assert [row["peer"] for row in report["ratios"]] == ["Qwen2.5-VL", "InternVL"]
+    for row in report["rows"]:
+        assert 250 < row["tokens"] < 320 and 0 < row["first_token"]["median"] < row["turn"]["median"]
+    peers = importlib.import_module("peers")
+    sizes = set()
+    for build in peers.BUILDERS.values():
+        model, _ = build("tiny", 260)
+        weights = {name: weight for name, weight in model.named_parameters() if "layers.1." in name}
+        decoder = [
+            weight.numel() for name, weight in weights.items() if "vi" not in name and "bias" not in name
+        ]
+        sizes.add(sum(decoder) - sum(w.numel() for name, w in weights.items() if "Plora" in name))
+    assert len(sizes) == 1
+
+
+@pytest.mark.slow
+def test_few_bits(run):
+    sizes = ["--hidden", "256", "--layers", "1", "--tokens", "20", "--new-tokens", "4"]
+    report = run("few_bits", *sizes, common=["--repeats", "1", "--same-process"])
+    whole, four, eight = report["rows"]
+    assert (whole["kind"], four["kind"], eight["kind"]) == ("bfloat16", "4 bits", "8 bits")
+    assert four["linears_mb"] < 0.35 * whole["linears_mb"] and eight["linears_mb"] < 0.6 * whole["linears_mb"]
+    assert [row["kind"] for row in report["ratios"]] == ["4 bits", "8 bits"]
+    assert all(row["prefill"]["median"] > row["decode"]["median"] > 0 for row in report["rows"])
 
 
 @pytest.mark.slow

@@ -48,9 +48,9 @@ def test_all_kernels_compute_the_same(monkeypatch, kernel, dtype, rows, with_bia
 @torch.no_grad()
 def test_a_forced_kernel_is_used_where_it_can_be(monkeypatch):
     used = []
-    for name, way in kernels._WAYS.items():
+    for name, way in kernels.WAYS.items():
         spy = lambda *args, name=name, way=way: used.append(name) or way(*args)  # noqa: E731
-        monkeypatch.setitem(kernels._WAYS, name, spy)
+        monkeypatch.setitem(kernels.WAYS, name, spy)
     for kernel, dtype, rows in (
         ("onednn", torch.float32, 2),
         ("float32", torch.bfloat16, 40),
@@ -94,7 +94,7 @@ def test_an_unknown_setting_is_rejected(monkeypatch):
 
 def test_what_only_torch_can_compute_is_left_to_it(monkeypatch):
     monkeypatch.setenv(kernels.SETTING, "onednn")
-    monkeypatch.setitem(kernels._WAYS, "onednn", lambda *_: pytest.fail("used"))
+    monkeypatch.setitem(kernels.WAYS, "onednn", lambda *_: pytest.fail("used"))
     linear = Linear(96, 64)
     x = random_product(torch.float32)[0]
     linear(x).sum().backward()  # gradients
