@@ -280,3 +280,27 @@ def picture_inputs(model, grids: list[tuple[int, int]]) -> dict[str, torch.Tenso
     pixel_values, image_grid_hw = random_pictures(model, grids)
     ids = torch.tensor([prompt_with_pictures(model, grids)])
     return {"input_ids": ids, "pixel_values": pixel_values, "image_grid_hw": image_grid_hw}
+
+
+# ---- published checkpoints in full size ----
+
+FULL_SIZES = tuple(json.loads((HERE / "golden" / "state_dict_fullsize.json").read_text(encoding="utf-8")))
+
+
+def full_size_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of a published checkpoint by their names in its files."""
+    shapes = {}
+    for key, (shape, count) in read_json(HERE / "golden" / "state_dict_fullsize.json")[name]["keys"].items():
+        for index in range(count):
+            shapes[key.replace(".N.", f".{index}.")] = tuple(shape)
+    return shapes
+
+
+def full_size_config(name: str):
+    """Its configuration, from the shapes and the heads, which every published file gives."""
+    version = next(version for version in ("2.5", "2-4khd", "2") if name.startswith(version))
+    config = tiny_config(version, vision_config=None, image_token_id=None)
+    config = config.complete_from_shapes(full_size_shapes(name))
+    text = config.text_config
+    text.num_attention_heads, text.num_key_value_heads = text.hidden_size // 128, 8
+    return config

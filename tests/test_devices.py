@@ -4,12 +4,24 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import FAMILIES, HERE, ROOT, picture_inputs, tiny_config, tiny_model
+from accelerate import infer_auto_device_map
+from accelerate.utils import check_device_map
+from helpers import (
+    FAMILIES,
+    HERE,
+    ROOT,
+    full_size_config,
+    picture_inputs,
+    tiny_config,
+    tiny_model,
+)
+from helpers import FULL_SIZES as ALL_SIZES
 from internlm_xcomposer2 import (
     InternLMXcomposer2Config,
     InternLMXComposer2ForCausalLM,
@@ -72,6 +84,34 @@ def test_full_sizes_are_spread_in_the_order_of_computation(family, num_devices):
     assert devices == sorted(devices) and set(devices) == set(range(num_devices))
     loads = [sum(sizes[n] for n, d in device_map.items() if d == device) for device in range(num_devices)]
     assert max(loads) < 1.3 * sizes[""] / num_devices
+
+
+CARDS = {"1 x 24 GB": [24], "2 x 24 GB": [24, 24], "1 x 80 GB": [80]}
+
+
+@pytest.mark.parametrize("cards", CARDS)
+@pytest.mark.parametrize("name", ALL_SIZES)
+def test_published_checkpoints_are_planned_for_usual_cards(name, cards):
+    """In bfloat16, a tenth of each card left for the cache: whole layers, in order, within the limits."""
+    with torch.device("meta"):
+        model = InternLMXComposer2ForCausalLM(full_size_config(name)).to(torch.bfloat16)
+    limits = {index: int(0.9e9 * size) for index, size in enumerate(CARDS[cards])}
+    whole = model._no_split_modules
+    plan = infer_auto_device_map(model, {**limits, "cpu": 10**11}, no_split_module_classes=whole)
+    check_device_map(model, plan)  # everything has a place
+    places, used = {}, defaultdict(int)
+    for key, weight in model.named_parameters():
+        part = max((part for part in plan if f"{key}.".startswith(f"{part}.") or not part), key=len)
+        places[key] = plan[part]
+        used[plan[part]] += weight.nbytes
+    layers = [layer for layer, module in model.named_modules() if type(module).__name__ in whole]
+    found = [{place for key, place in places.items() if key.startswith(f"{layer}.")} for layer in layers]
+    assert len(layers) == 24 + len(model.model.layers) and all(len(one) == 1 for one in found)
+    order = [place for layer, (place,) in zip(layers, found, strict=True) if layer.startswith("model.layers")]
+    assert order == sorted(order, key=[*limits, "cpu"].index)
+    assert all(used[index] <= limit for index, limit in limits.items())
+    assert ("cpu" in used) == (size_in_bytes(model) > sum(limits.values()))
+    assert len(limits) > 1 or "cpu" in used or set(places.values()) == {0}
 
 
 def test_a_small_first_device_takes_what_is_computed_first():

@@ -14,16 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    FULL_SIZES,
     HERE,
     ROOT,
     flat_config,
+    full_size_config,
+    full_size_shapes,
     published_source,
     published_weights,
     read_json,
     tiny_model,
     write_published,
 )
-from internlm_xcomposer2 import InternLMXcomposer2Config, InternLMXComposer2ForCausalLM
 from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import TensorHeader
 from internlm_xcomposer2.ixc2 import fetch as fetching
 from internlm_xcomposer2.ixc2.examine import (
@@ -36,28 +38,24 @@ from internlm_xcomposer2.ixc2.examine import (
 from internlm_xcomposer2.ixc2.main import main
 from packers import pack_checkpoint
 
-SMALL = {"hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 8192}
-FULL_SIZES = {
-    "2-vl-1.8b(assumed dims)": {"version": "2", "num_attention_heads": 16, **SMALL},
-    "2-4khd-7b": {"version": "2-4khd"},
-    "2.5-7b": {"version": "2.5"},
-}
-
 
 @pytest.mark.parametrize("key", FULL_SIZES)
 def test_full_sizes_are_known_from_the_headers_alone(tmp_path, key):
-    config = InternLMXcomposer2Config(**FULL_SIZES[key])
-    with torch.device("meta"):
-        model = InternLMXComposer2ForCausalLM(config)
+    config = full_size_config(key)
     headers = {
-        name.replace(".linear.", "."): TensorHeader(
-            tuple(value.shape), torch.bfloat16, Path("model.safetensors")
-        )
-        for name, value in model.state_dict().items()
+        name: TensorHeader(shape, torch.bfloat16, Path("model.safetensors"))
+        for name, shape in full_size_shapes(key).items()
     }
     findings = examine(tmp_path, headers=headers)
     assert not findings.missing and not findings.unknown
-    assert findings.config.to_dict() == config.to_dict()
+    found = findings.config
+    assert found.version == config.version and found.img_size == config.img_size
+    assert found.vision_config.to_dict() == config.vision_config.to_dict()
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes += ("num_key_value_heads", "plora_rank", "task_adapters")
+    assert [getattr(found.text_config, name) for name in sizes] == [
+        getattr(config.text_config, name) for name in sizes
+    ]
     counts = count_parameters(findings)
     recorded = read_json(HERE / "golden" / "state_dict_fullsize.json")[key]
     assert sum(counts.values()) == recorded["params"]

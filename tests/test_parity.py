@@ -4,17 +4,18 @@ import pytest
 import torch
 from helpers import (
     FAMILIES,
+    FULL_SIZES,
     VERSION_OF_FAMILY,
     call_of,
     family_config,
+    full_size_config,
+    full_size_shapes,
     golden_case,
     golden_cases,
-    golden_directory,
     needs_published_tokenizer,
-    read_json,
-    tiny_config,
 )
 from internlm_xcomposer2 import InternLMXcomposer2Config, InternLMXComposer2ForCausalLM
+from internlm_xcomposer2.configuration_internlm_xcomposer2 import our_name, published_name
 from internlm_xcomposer2.image_processing_internlm_xcomposer2 import as_visuals, prepare_visuals
 
 CASES = [(family, case) for family in FAMILIES for case in golden_cases(family)]
@@ -121,25 +122,19 @@ def test_sizes_come_from_the_weights(family):
     assert shapes == golden["state_dict_shapes"]
 
 
-def full_size_checkpoints() -> dict[str, dict]:
-    return read_json(golden_directory() / "state_dict_fullsize.json")
-
-
-@pytest.mark.parametrize("name", full_size_checkpoints())
+@pytest.mark.parametrize("name", FULL_SIZES)
 def test_full_size_models_have_the_published_keys(name):
-    shapes = {}
-    for key, (shape, count) in full_size_checkpoints()[name]["keys"].items():
-        for i in range(count):
-            shapes[key.replace(".N.", f".{i}.")] = tuple(shape)
-    config = tiny_config("2.5", vision_config=None, image_token_id=None).complete_from_shapes(shapes)
+    """Both ways: a file's names as ours, and ours as a file's, with the same shapes."""
+    shapes, config = full_size_shapes(name), full_size_config(name)
     assert config.vision_config.num_attention_heads == 16
     assert shapes["vision_proj.0.weight"][1] == config.projector_input_size
-    # The weights don't determine the heads; a published file always gives them.
-    text = config.text_config
-    text.num_attention_heads, text.num_key_value_heads = text.hidden_size // 128, 8
     with torch.device("meta"):
         model = InternLMXComposer2ForCausalLM(config)
-    found = {key.replace(".linear.", "."): tuple(value.shape) for key, value in model.state_dict().items()}
-    missing = {key: shape for key, shape in found.items() if key not in shapes}
+    ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    renamed = {our_name(key): shape for key, shape in shapes.items()}
+    assert len(renamed) == len(shapes)
+    missing = {key for key in ours if key not in renamed}
     assert all("post_layernorm" in key for key in missing)
-    assert {key: shape for key, shape in found.items() if key in shapes} == shapes
+    assert {key: shape for key, shape in ours.items() if key in renamed} == renamed
+    written = {published_name(key): shape for key, shape in ours.items() if key not in missing}
+    assert written == shapes
