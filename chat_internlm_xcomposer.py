@@ -197,9 +197,14 @@ class TurnStream(ChatStream):
 
 
 class FirstChatMixin:
-    """The methods that users call. Needs `config`, `tokenizer`, `get_image_features` and `_answer`."""
+    """The methods that users call. Needs `config`, `tokenizer`, `get_image_features` and `_answer`.
+
+    Attributes:
+        published_settings: how the published methods generate unless told otherwise.
+    """
 
     eoh, eoa = END_OF_QUESTION, END_OF_ANSWER
+    published_settings = PUBLISHED_SETTINGS
 
     # ---- text and pictures ----
 
@@ -438,7 +443,7 @@ class FirstChatMixin:
         limit = settings.pop("max_length", None)
         if limit is not None and settings.get("max_new_tokens") is None:
             settings["max_new_tokens"] = limit - 1  # as published, it counts BOS and the new tokens
-        settings = {**PUBLISHED_SETTINGS, "infer_mode": "base", **settings}
+        settings = {**self.published_settings, "infer_mode": "base", **settings}
         eos = tokenizer.eos_token_id
         stops = [tokenizer.convert_tokens_to_ids(mark) for mark in (END_OF_QUESTION, END_OF_ANSWER)]
         ends = [eos, *stops] if settings["num_beams"] == 1 or ends_each_beam else [eos]

@@ -473,6 +473,8 @@ class Composer:
     def _settings_of(self, step: Step, **changes) -> dict:
         """`generate`'s arguments for one step."""
         published = {**self.rules.sampling, **step.decoding}
+        if not self.model.searches_with_beams:
+            published.pop("num_beams", None)
         settings = {"infer_mode": self.infer_mode, **published, **self.settings, **changes}
         if not settings["do_sample"]:
             settings = {name: value for name, value in settings.items() if name not in SAMPLING}
@@ -552,7 +554,13 @@ def check_instruction(instruction: str) -> None:
 
 
 class ComposeMixin:
-    """`compose` and `composer`. Needs `ChatMixin`, and `self.tokenizer` if none is passed."""
+    """`compose` and `composer`. Needs `ChatMixin`, and `self.tokenizer` if none is passed.
+
+    Attributes:
+        searches_with_beams: whether the engine can, so that steps published with several have them.
+    """
+
+    searches_with_beams = True
 
     def compose(
         self,

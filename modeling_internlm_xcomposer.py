@@ -96,6 +96,60 @@ def keep_low_rank(decoder: nn.Module, config: InternLMXComposerConfig) -> None:
             decoder.set_submodule(name, LowRankLinear(*sizes, rank, scale, lora.get("lora_dropout", 0.0)))
 
 
+# ---- pictures ----
+
+
+class FirstVisionMixin:
+    """Pictures to embeddings of the decoder: tower, norm, Q-Former, projector and flags.
+
+    A mixin, so that the parts have their published names both in the whole model and without the decoder.
+    Needs `config`.
+    """
+
+    def _build_vision(self) -> None:
+        config = self.config
+        hidden_size, queries = config.text_config.hidden_size, config.qformer_config.hidden_size
+        self.visual_encoder = Blip2VisionModel(config.vision_config)
+        # `ln_vision` takes the place of the tower's own last norm, with another epsilon.
+        self.visual_encoder.post_layernorm = nn.Identity()
+        self.ln_vision = nn.LayerNorm(config.vision_config.hidden_size, eps=LAYER_NORM_EPS)
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_token, queries))
+        self.Qformer = Blip2QFormerModel(config.qformer_config)
+        self.internlm_proj = nn.Linear(queries, hidden_size)
+        self.flag_image_start = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        self.flag_image_end = nn.Parameter(torch.zeros(1, 1, hidden_size))
+
+    @leaves_autocast
+    def get_image_features(
+        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Encode (pictures, 3, side, side) pixels.
+
+        Returns:
+            `last_hidden_state`: (pictures, queries, width) of the Q-Former; `pooler_output`: one
+            (queries + 2, hidden) tensor per picture, flags included.
+
+        Raises:
+            ValueError: the pixels have another size.
+        """
+        check_grids(self.config, pixel_values, image_grid_hw)
+        device = self.visual_encoder.embeddings.patch_embedding.weight.device
+        pixel_values = pixel_values if device.type == "meta" else pixel_values.to(device)
+        patches = self.visual_encoder(pixel_values).last_hidden_state  # class token first, and kept
+        patches = self.ln_vision(patches.to(self.ln_vision.weight.dtype))
+        with align_module_device(self):  # queries and flags are ours, and may be offloaded
+            count = len(pixel_values)
+            queries = self.query_tokens.expand(count, -1, -1).to(patches.device)
+            summary = self.Qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
+            rows = self.internlm_proj(summary)
+            start, end = (
+                flag.expand(count, -1, -1).to(rows.device)
+                for flag in (self.flag_image_start, self.flag_image_end)
+            )
+            features = torch.cat([start, rows, end], dim=1)
+        return BaseModelOutputWithPooling(last_hidden_state=summary, pooler_output=list(features))
+
+
 # ---- files ----
 
 
@@ -238,6 +292,7 @@ class InternLMXComposerForCausalLM(
     ComposeMixin,
     GenerateMixin,
     BackboneMixin,
+    FirstVisionMixin,
     InternLMXComposerPreTrainedModel,
     GenerationMixin,
 ):
@@ -260,17 +315,7 @@ class InternLMXComposerForCausalLM(
     ) -> None:
         check_attention(config)
         super().__init__(config)
-        hidden_size, queries = config.text_config.hidden_size, config.qformer_config.hidden_size
-        self.visual_encoder = Blip2VisionModel(config.vision_config)
-        self.visual_encoder.post_layernorm = (
-            nn.Identity()
-        )  # `ln_vision` takes its place, with another epsilon
-        self.ln_vision = nn.LayerNorm(config.vision_config.hidden_size, eps=LAYER_NORM_EPS)
-        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_token, queries))
-        self.Qformer = Blip2QFormerModel(config.qformer_config)
-        self.internlm_proj = nn.Linear(queries, hidden_size)
-        self.flag_image_start = nn.Parameter(torch.zeros(1, 1, hidden_size))
-        self.flag_image_end = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        self._build_vision()
         self.internlm_model = InternLMForCausalLM(config.text_config)
         if config.internlm_lora is not None and not config.folds_low_rank:
             keep_low_rank(self.internlm_model, config)
@@ -344,38 +389,6 @@ class InternLMXComposerForCausalLM(
 
     def set_decoder(self, decoder: nn.Module) -> None:
         self.internlm_model.model = decoder
-
-    # ---- pictures ----
-
-    @leaves_autocast
-    def get_image_features(
-        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
-        """Encode (pictures, 3, side, side) pixels.
-
-        Returns:
-            `last_hidden_state`: (pictures, queries, width) of the Q-Former; `pooler_output`: one
-            (queries + 2, hidden) tensor per picture, flags included.
-
-        Raises:
-            ValueError: the pixels have another size.
-        """
-        check_grids(self.config, pixel_values, image_grid_hw)
-        device = self.visual_encoder.embeddings.patch_embedding.weight.device
-        pixel_values = pixel_values if device.type == "meta" else pixel_values.to(device)
-        patches = self.visual_encoder(pixel_values).last_hidden_state  # class token first, and kept
-        patches = self.ln_vision(patches.to(self.ln_vision.weight.dtype))
-        with align_module_device(self):  # queries and flags are ours, and may be offloaded
-            count = len(pixel_values)
-            queries = self.query_tokens.expand(count, -1, -1).to(patches.device)
-            summary = self.Qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
-            rows = self.internlm_proj(summary)
-            start, end = (
-                flag.expand(count, -1, -1).to(rows.device)
-                for flag in (self.flag_image_start, self.flag_image_end)
-            )
-            features = torch.cat([start, rows, end], dim=1)
-        return BaseModelOutputWithPooling(last_hidden_state=summary, pooler_output=list(features))
 
     # ---- running ----
 
@@ -487,7 +500,7 @@ class InternLMXComposerForCausalLM(
         )
 
 
-def _conversions() -> list[WeightRenaming | WeightConverter]:
+def weight_conversions() -> list[WeightRenaming | WeightConverter]:
     """What transformers does to a file's tensors when loading and, the other way round, when saving."""
     folded = [
         WeightConverter(
@@ -502,4 +515,6 @@ def _conversions() -> list[WeightRenaming | WeightConverter]:
     return [*renamed, joined, *folded]
 
 
-register_checkpoint_conversion_mapping(InternLMXComposerForCausalLM.__name__, _conversions(), overwrite=True)
+register_checkpoint_conversion_mapping(
+    InternLMXComposerForCausalLM.__name__, weight_conversions(), overwrite=True
+)

@@ -25,14 +25,21 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..checkpoint_internlm_xcomposer2 import read_tensor
-from ..configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, is_reward, published_name
+from ..configuration_internlm_xcomposer import published_name as first_published_name
+from ..configuration_internlm_xcomposer2 import (
+    ADAPTERS_OF_MODE,
+    FIRST_GENERATION,
+    is_reward,
+    published_name,
+)
 from ..llamacpp.files import DECODER, EXPORT_KEY, PLORA, RECORD, VISION, mode_file
 from ..llamacpp.library import file_name, load_gguf, load_library
 from ..modeling_internlm2 import unpack_heads
 from ..quantization_internlm_xcomposer2 import PackedLinear
-from ..tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
+from ..tokenization_internlm_xcomposer2 import tokenizer_class
 from .adopt import check_loadable, check_target, put_in_place, staging_beside
 from .examine import Findings, examine
+from .quantize import folded, low_rank_of
 from .small_files import describe_checkpoint, json_bytes
 
 DEFAULT_TYPE = "q4_k_m"
@@ -40,8 +47,11 @@ ADAPTER_TYPES = {"f32": "F32", "f16": "F16", "bf16": "F16"}  # of the low-rank w
 
 _PLAIN_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _NOT_FOR_LLAMA = ("quantize_config.json", "quant_config.json")
-_VISION = re.compile(r"(?:vit|vision_proj)\.(?!.*\.position_ids$)|plora_")
-_MARKUP = re.compile(r"\[UNUSED_TOKEN_\d+\]")
+_VISION = re.compile(
+    r"(?:vit|vision_proj|visual_encoder|ln_vision|Qformer|internlm_proj)\.(?!.*\.position_ids$)"
+    r"|plora_|query_tokens|flag_image_"
+)
+_MARKUP = re.compile(r"\[UNUSED_TOKEN_\d+\]|<TOKENS_UNUSED_\d+>")
 # Our linears with low-rank weights -> their names in llama.cpp, which has three in place of `wqkv`.
 _LINEARS = {
     "attention.wqkv": "",
@@ -50,6 +60,17 @@ _LINEARS = {
     "feed_forward.w3": "ffn_up",
     "feed_forward.w2": "ffn_down",
 }
+# The same for the first generation, whose attention has biases.
+_FIRST_LINEARS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_FIRST_BIAS = re.compile(r"^internlm_model\..*\.self_attn\.._proj\.bias$")
 _UNQUANTISED = "unquantised.gguf"
 _QUANTISE_BYTES = 1 << 29  # what llama.cpp's quantiser holds at once
 _SPARE = 1.05  # more than a type's own bytes: some types keep parts of a model in more bits
@@ -159,15 +180,17 @@ def _check_runnable(findings: Findings) -> None:
         raise ValueError(f"rope_scaling of type {scaling!r} can't be exported, only dynamic and linear")
     if text.hidden_act != "silu":
         raise ValueError(f"hidden_act {text.hidden_act!r} can't be exported, only 'silu'")
-    if text.bias:
+    if getattr(text, "bias", False):
         raise ValueError("a decoder whose linears have biases can't be exported; published ones have none")
 
 
 def _without_packing(findings: Findings) -> Findings:
-    """The same, with a configuration that says nothing of packed weights, because they get unpacked."""
+    """The same, with a configuration of plain weights, because packed and low-rank ones become such."""
     config = copy.deepcopy(findings.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if config.version == FIRST_GENERATION:
+        config.internlm_lora = None
     return replace(findings, config=config)
 
 
@@ -358,17 +381,20 @@ class _Weights:
     """A checkpoint's tensors by published name. Each is read when it is asked for, and nothing is kept."""
 
     def __init__(self, findings: Findings) -> None:
-        self._names = {published_name(name): name for name in findings.headers}
+        rename = first_published_name if findings.config.version == FIRST_GENERATION else published_name
+        self._findings, self._low_rank = findings, low_rank_of(findings)
+        self._names = {rename(name): name for name in findings.headers}
         self._headers, self._packing, self._shapes = findings.headers, findings.packing, findings.shapes
         packed = findings.packing.linears if findings.packing else ()
-        self._packed = {published_name(f"{linear}.weight"): linear for linear in packed}
+        self._packed = {rename(f"{linear}.weight"): linear for linear in packed}
         self._dtype = findings.dtype
-        self.shapes = {published_name(name): tuple(shape) for name, shape in findings.shapes.items()}
+        self.shapes = {rename(name): tuple(shape) for name, shape in findings.shapes.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._packed:
             return self._unpack(name, self._packed[name])
-        return read_tensor(self._headers, self._names[name])
+        tensor, pair = read_tensor(self._headers, self._names[name]), self._low_rank.get(self._names[name])
+        return tensor if pair is None else folded(self._findings, tensor, pair)
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor, unpacked."""
@@ -385,7 +411,12 @@ class _Weights:
             part for part in ("qweight", "qzeros", "scales", "g_idx") if f"{linear}.{part}" in self._headers
         ]
         tensors = {part: read_tensor(self._headers, f"{linear}.{part}") for part in parts}
-        if f"{linear}.bias" in self._headers and read_tensor(self._headers, f"{linear}.bias").any():
+        bias = f"{linear}.bias"
+        if (
+            _FIRST_BIAS.search(bias) is None
+            and bias in self._headers
+            and read_tensor(self._headers, bias).any()
+        ):
             raise ValueError(f"{linear} has a bias, which no checkpoint of the family has")
         outputs, inputs = self.shapes[name]
         packed = PackedLinear(
@@ -436,6 +467,9 @@ def _decoder_tensors(findings: Findings, weights: "_Weights") -> Iterator[_Tenso
         kind = kind or _PLAIN_TYPES[weights.dtype(source)]
         return _Tensor(name, weights.shapes[source], kind, lambda: weights[source])
 
+    if findings.config.version == FIRST_GENERATION:
+        yield from _first_decoder_tensors(text, weights, tensor)
+        return
     yield tensor("token_embd.weight", "model.tok_embeddings.weight")
     yield tensor("output_norm.weight", "model.norm.weight", "F32")
     yield tensor("output.weight", "output.weight")
@@ -457,8 +491,33 @@ def _decoder_tensors(findings: Findings, weights: "_Weights") -> Iterator[_Tenso
                 )
 
 
+def _first_decoder_tensors(text, weights: "_Weights", tensor: Callable[..., _Tensor]) -> Iterator[_Tensor]:
+    """The decoder of the first generation, its low-rank weights folded in, its biases in float32."""
+    model = "internlm_model.model"
+    yield tensor("token_embd.weight", f"{model}.embed_tokens.weight")
+    yield tensor("output_norm.weight", f"{model}.norm.weight", "F32")
+    yield tensor("output.weight", "internlm_model.lm_head.weight")
+    for layer in range(text.num_hidden_layers):
+        ours, theirs = f"{model}.layers.{layer}", f"blk.{layer}"
+        yield tensor(f"{theirs}.attn_norm.weight", f"{ours}.input_layernorm.weight", "F32")
+        yield tensor(f"{theirs}.ffn_norm.weight", f"{ours}.post_attention_layernorm.weight", "F32")
+        for linear, name in _FIRST_LINEARS.items():
+            heads = {"attn_q": text.num_attention_heads, "attn_k": text.num_key_value_heads}.get(name)
+            for part in ("weight", "bias") if linear.startswith("self_attn.") else ("weight",):
+                plain = tensor(f"{theirs}.{name}.{part}", f"{ours}.{linear}.{part}")
+                plain = plain if part == "weight" else replace(plain, type="F32")
+                yield plain if heads is None else replace(plain, read=_taking(_neighbours(heads), plain.read))
+
+
+def _neighbours(heads: int) -> Callable[[Tensor], Tensor]:
+    """Rows of queries or keys in the order of llama.cpp, which rotates neighbours, not rows of two halves."""
+    return lambda rows: rearrange(rows, "(h half d) ... -> (h d half) ...", h=heads, half=2)
+
+
 def _adapter_tensors(findings: Findings, weights: "_Weights", type: str) -> list[tuple[str, list[_Tensor]]]:
     """The files with low-rank weights, and what goes into each: Partial LoRA, and one for each mode."""
+    if findings.config.version == FIRST_GENERATION:
+        return []
     named = findings.config.text_config.task_adapters
     files = {PLORA: ("Plora",)}
     for mode, names in ADAPTERS_OF_MODE.items():
@@ -505,7 +564,7 @@ def _taking(take: Callable[[Tensor], Tensor], read: Callable[[], Tensor]) -> Cal
 
 
 def _save_vision(findings: Findings, weights: "_Weights", path: Path, export_name: str) -> None:
-    """Tower, projector and newline vectors, under their names and in their types."""
+    """Everything before the decoder, under the published names and in the types of the files."""
     tensors = {name: weights[name].contiguous() for name in weights.shapes if _VISION.match(name)}
     save_file(tensors, path, metadata={"format": "pt", EXPORT_KEY: export_name})
 
@@ -522,7 +581,7 @@ def _decoder_fields(findings: Findings) -> dict:
         "llama.attention.head_count_kv": text.num_key_value_heads,
         "llama.attention.layer_norm_rms_epsilon": float(text.rms_norm_eps),
         "llama.rope.dimension_count": text.head_dim,
-        "llama.rope.freq_base": float(text.rope_theta),
+        "llama.rope.freq_base": float(text.rope_parameters["rope_theta"]),
         "llama.vocab_size": text.vocab_size,
     }
     if text.rope_parameters["rope_type"] == "linear":
@@ -533,7 +592,7 @@ def _decoder_fields(findings: Findings) -> dict:
 
 def _vocabulary(directory: Path, findings: Findings) -> dict:
     """The tokenizer and the chat template, so that llama.cpp's own tools can open the file for text."""
-    tokenizer = InternLMXComposer2Tokenizer.from_pretrained(directory)
+    tokenizer = tokenizer_class(findings.config.version).from_pretrained(directory)
     pieces, num_rows = tokenizer.sp_model, findings.config.text_config.vocab_size
     num_pieces = pieces.get_piece_size()
     names = [pieces.id_to_piece(index) for index in range(num_pieces)]

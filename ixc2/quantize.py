@@ -210,10 +210,10 @@ def has_torchao() -> bool:
 def _planned(findings: Findings, settings: Settings) -> dict[str, TensorHeader]:
     """What is to be written: plain tensors as they are, for a linear its number of bytes."""
     linears = linears_of(findings)
-    folded = {name for pair in low_rank_of(findings).values() for name in pair}
+    absorbed = {name for pair in low_rank_of(findings).values() for name in pair}
     units = {}
     for name, header in findings.headers.items():
-        if name in folded:
+        if name in absorbed:
             continue
         if name not in linears:
             units[name] = header
@@ -249,7 +249,7 @@ def _write(pieces: list[Piece], findings: Findings, settings: Settings, staging:
             if name in linears:
                 linear = our_name(name).removesuffix(".weight")
                 if name in low_rank:
-                    tensor = _folded(findings, tensor, low_rank[name])
+                    tensor = folded(findings, tensor, low_rank[name])
                 parts = quantize_weight(tensor, settings)
                 tensors |= {f"{linear}.{part}": value for part, value in parts.items()}
             else:
@@ -259,7 +259,7 @@ def _write(pieces: list[Piece], findings: Findings, settings: Settings, staging:
     return dict(sorted(weight_map.items()))
 
 
-def _folded(findings: Findings, weight: Tensor, names: tuple[str, str]) -> Tensor:
+def folded(findings: Findings, weight: Tensor, names: tuple[str, str]) -> Tensor:
     """A weight (out, in) with its low-rank weights, in float32."""
     lora = findings.config.internlm_lora
     factors = (read_tensor(findings.headers, name) for name in names)

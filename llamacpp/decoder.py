@@ -20,6 +20,7 @@ from .files import (
     check_same_export,
     export_of_record,
     export_of_vision,
+    is_first_generation,
     mode_file,
 )
 from .library import Library, file_name, load_library
@@ -181,7 +182,8 @@ def _load_adapters(library: Library, model, directory: Path, modes: Sequence[str
     if (export := export_of_record(directory)) is not None:
         exports["config.json"] = export
     check_same_export(directory, exports)
-    for name, file in {PICTURES: PLORA, **{mode: mode_file(mode) for mode in modes}}.items():
+    files = {} if is_first_generation(directory) else {PICTURES: PLORA}
+    for name, file in {**files, **{mode: mode_file(mode) for mode in modes}}.items():
         with library.complaining(f"llama.cpp can't load {directory / file}") as fault:
             adapter = api.llama_adapter_lora_init(model, file_name(directory / file))
             if not adapter:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from ..configuration_internlm_xcomposer import MODEL_TYPE
+from ..files_internlm_xcomposer2 import read_fields
+
 DECODER = "decoder.gguf"
 PLORA = "plora.gguf"
 VISION = "vision.safetensors"
@@ -26,11 +29,19 @@ def check_complete(directory: Path) -> None:
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory; write one with: ixc2 gguf SRC {directory}")
-    names = (DECODER, PLORA, VISION, "config.json")
+    names = [DECODER, VISION, "config.json"]
+    if not is_first_generation(directory):
+        names.insert(1, PLORA)
     if missing := [name for name in names if not (directory / name).is_file()]:
         raise FileNotFoundError(
             f"{directory} has no {', '.join(missing)}; write such a directory with: ixc2 gguf SRC DST"
         )
+
+
+def is_first_generation(directory: Path) -> bool:
+    """Whether a directory's checkpoint is one of the first generation, which has no Partial LoRA."""
+    path = directory / "config.json"
+    return path.is_file() and read_fields(path).get("model_type") == MODEL_TYPE
 
 
 def export_of_vision(directory: Path) -> str | None:

@@ -9,34 +9,47 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
 from ..build_mlp import VisionMixin
 from ..cache_internlm_xcomposer2 import PromptCache, rotates_by_length
+from ..chat_internlm_xcomposer import PUBLISHED_SETTINGS, FirstChatMixin
 from ..chat_internlm_xcomposer2 import ChatMixin
 from ..checkpoint_internlm_xcomposer2 import choose_adapters
 from ..compose_internlm_xcomposer2 import ComposeMixin
-from ..configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2Config
+from ..configuration_internlm_xcomposer import InternLMXComposerConfig
+from ..configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, CheckpointConfig, InternLMXcomposer2Config
 from ..generation_internlm_xcomposer2 import num_computed
 from ..ixc_utils import get_font
+from ..modeling_internlm_xcomposer import (
+    FirstVisionMixin,
+    InternLMXComposerPreTrainedModel,
+    weight_conversions,
+)
 from ..prompt_internlm_xcomposer2 import ChatPrompt, batch_inputs
 from ..settings_internlm_xcomposer2 import check_values
-from ..tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
+from ..tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer, tokenizer_class
 from ..writing_internlm_xcomposer2 import WritingMixin, takes_arguments_of
 from .answers import Answer, check_answerable
 from .decoder import BASE, KV_TYPES, PICTURES, LlamaDecoder, load_decoder
-from .files import DECODER, VISION, check_complete, mode_file
+from .files import DECODER, VISION, check_complete, is_first_generation, mode_file
 
 logger = logging.get_logger(__name__)
 
 
 class VisionHalf(VisionMixin, PreTrainedModel):
-    """A checkpoint without its decoder: pictures -> embeddings."""
+    """A checkpoint without its decoder: pictures -> embeddings.
+
+    Attributes:
+        projector: the weight whose type stands for all.
+    """
 
     config_class = InternLMXcomposer2Config
     main_input_name = "pixel_values"
     _supports_sdpa = True
     _keys_to_ignore_on_load_missing = [r"vit\..*\.post_layernorm\."]
+    projector = "vision_proj.0.weight"
 
     def __init__(self, config: InternLMXcomposer2Config) -> None:
         super().__init__(config)
@@ -47,8 +60,8 @@ class VisionHalf(VisionMixin, PreTrainedModel):
         return self.vit.vision_tower.get_input_embeddings()
 
 
-class LlamaCppModel(ChatMixin, WritingMixin, ComposeMixin):
-    """A checkpoint as GGUF, with the methods of the torch model: `chat` and its relatives, articles, pages.
+class LlamaCppEngine:
+    """Answers to prompts by a checkpoint as GGUF.
 
     It has one context. What is computed stays there after an answer, and the next prompt reuses what it has
     in common with it, whether it is another turn or another question about the same picture. Calls from
@@ -60,13 +73,16 @@ class LlamaCppModel(ChatMixin, WritingMixin, ComposeMixin):
         tokenizer: the checkpoint's own, `None` if it came without one.
         font: of the labels in videos.
         input_device: where prompts are put together, and the vision half is.
+        has_partial_lora: whether pictures are decoded with low-rank weights of their own.
     """
+
+    has_partial_lora = True
 
     def __init__(
         self,
         config: InternLMXcomposer2Config,
         generation_config: GenerationConfig,
-        vision: VisionHalf,
+        vision: PreTrainedModel,
         decoder: LlamaDecoder,
         tokenizer: InternLMXComposer2Tokenizer | None,
     ) -> None:
@@ -173,7 +189,7 @@ class LlamaCppModel(ChatMixin, WritingMixin, ComposeMixin):
             is_picture = start in spans
             following = (first for first in spans if first > start)
             stop = spans[start] if is_picture else min(following, default=len(prompt.ids))
-            self.decoder.use(_adapters(infer_mode, is_picture))
+            self.decoder.use(_adapters(infer_mode, is_picture and self.has_partial_lora))
             content = next(features) if is_picture else prompt.ids[start:stop]
             logits = self.decoder.prefill(content, start, sequence)
             start = stop
@@ -184,10 +200,11 @@ class LlamaCppModel(ChatMixin, WritingMixin, ComposeMixin):
         inputs = batch_inputs(
             self.config, [prompt], num_cached=num_computed, font=self.font, device=self.input_device
         )
-        if "pixel_values" not in inputs:
-            return []
-        pictures = self.vision.get_image_features(inputs["pixel_values"], inputs["image_grid_hw"])
-        return [picture.float().cpu().numpy() for picture in pictures.pooler_output]
+        pictures = inputs.get("image_features", ())
+        if "pixel_values" in inputs:
+            given = inputs["pixel_values"], inputs["image_grid_hw"]
+            pictures = self.vision.get_image_features(*given).pooler_output
+        return [picture.float().cpu().numpy() for picture in pictures]
 
     # ---- arguments ----
 
@@ -195,6 +212,10 @@ class LlamaCppModel(ChatMixin, WritingMixin, ComposeMixin):
         """Raise `ValueError` or `TypeError` for what can't be used, before any compute."""
         check_values(self.config.text_config, settings)
         check_answerable(settings)
+
+
+class LlamaCppModel(ChatMixin, WritingMixin, ComposeMixin, LlamaCppEngine):
+    """A checkpoint as GGUF with the methods of the torch model: `chat` and its relatives, articles, pages."""
 
     # Pages are published with two beams, which llama.cpp doesn't have.
     write_webpage = takes_arguments_of(WritingMixin.write_webpage, num_beams=1)(WritingMixin.write_webpage)
@@ -204,6 +225,56 @@ class LlamaCppModel(ChatMixin, WritingMixin, ComposeMixin):
     screen_2_webpage = takes_arguments_of(WritingMixin.screen_2_webpage, num_beams=1)(
         WritingMixin.screen_2_webpage
     )
+
+
+class FirstVisionHalf(FirstVisionMixin, InternLMXComposerPreTrainedModel):
+    """The same for the first generation."""
+
+    main_input_name = "pixel_values"
+    projector = "internlm_proj.weight"
+
+    def __init__(self, config: InternLMXComposerConfig) -> None:
+        super().__init__(config)
+        self._build_vision()
+        self.post_init()
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.visual_encoder.embeddings.patch_embedding
+
+
+class FirstLlamaCppModel(FirstChatMixin, ComposeMixin, LlamaCppEngine):
+    """A checkpoint of the first generation as GGUF: `chat` and its relatives, articles with pictures.
+
+    It decodes with one beam, and has none of the published methods on embeddings of text.
+    """
+
+    has_partial_lora = searches_with_beams = False
+    published_settings = {**PUBLISHED_SETTINGS, "num_beams": 1}
+
+    def generate(self, text: str, image=None, **settings) -> str:
+        """Answer a question, as published; settings as in `chat`."""
+        if not isinstance(text, str):
+            raise TypeError(f"llama.cpp answers a text, not a {type(text).__name__}; load it with torch")
+        return super().generate(text, image, **settings)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """What tells the type of the vision half; embeddings of text are in llama.cpp."""
+        return self.vision.get_input_embeddings()
+
+    def get_image_features(self, pixel_values: torch.Tensor, *args, **kwargs):
+        """Pixels -> embeddings, by the vision half."""
+        return self.vision.get_image_features(pixel_values.to(self.input_device), *args, **kwargs)
+
+    def encode_text(self, text: str, add_special_tokens: bool = False) -> torch.Tensor:
+        """Not here: the embeddings of text are in llama.cpp."""
+        raise NotImplementedError("llama.cpp keeps the embeddings of text; load the checkpoint with torch")
+
+    def embed_samples(self, samples: dict):
+        """Not here: llama.cpp doesn't train."""
+        raise NotImplementedError("llama.cpp doesn't train; load the checkpoint with torch")
+
+
+register_checkpoint_conversion_mapping(FirstVisionHalf.__name__, weight_conversions(), overwrite=True)
 
 
 def _adapters(infer_mode: str, is_picture: bool = False) -> list[str]:
@@ -248,7 +319,8 @@ def from_gguf(
     """
     directory = Path(directory)
     check_complete(directory)
-    config = InternLMXcomposer2Config.from_pretrained(directory)
+    config_class, vision_class, model_class = _classes(directory)
+    config = config_class.from_pretrained(directory)
     n_ctx = _context_length(config, n_ctx)
     n_threads = torch.get_num_threads() if n_threads is None else _number("n_threads", n_threads, 1)
     n_gpu_layers = _number("n_gpu_layers", n_gpu_layers, -1)
@@ -264,14 +336,21 @@ def from_gguf(
         kv_type=kv_type,
     )
     _check_sizes(config, decoder, directory)
-    vision = _load_vision(config, directory, dtype).to(device)
+    vision = _load_vision(vision_class, config, directory, dtype).to(device)
     config.text_config.max_position_embeddings = n_ctx
     config.text_config.rope_parameters = {**config.text_config.rope_parameters, "rope_type": "default"}
     config.text_config.rope_parameters.pop("factor", None)
     generation_config = GenerationConfig.from_pretrained(directory)
     has_tokenizer = (directory / "tokenizer.model").is_file()
-    tokenizer = InternLMXComposer2Tokenizer.from_pretrained(directory) if has_tokenizer else None
-    return LlamaCppModel(config, generation_config, vision, decoder, tokenizer)
+    tokenizer = tokenizer_class(config.version).from_pretrained(directory) if has_tokenizer else None
+    return model_class(config, generation_config, vision, decoder, tokenizer)
+
+
+def _classes(directory: Path) -> tuple[type, type[PreTrainedModel], type[LlamaCppEngine]]:
+    """Of the configuration, the vision half and the model of a directory."""
+    if is_first_generation(directory):
+        return InternLMXComposerConfig, FirstVisionHalf, FirstLlamaCppModel
+    return InternLMXcomposer2Config, VisionHalf, LlamaCppModel
 
 
 def _context_length(config: InternLMXcomposer2Config, n_ctx: int | None) -> int:
@@ -306,7 +385,7 @@ def _modes_to_load(
     present = [mode for mode in modes if (directory / mode_file(mode)).is_file()]
     choose_adapters(config, present)
     choose_adapters(config, adapters)
-    named = config.text_config.task_adapters
+    named = getattr(config.text_config, "task_adapters", ())
     return [mode for mode in present if set(ADAPTERS_OF_MODE[mode]) <= set(named)]
 
 
@@ -320,9 +399,11 @@ def _check_sizes(config: InternLMXcomposer2Config, decoder: LlamaDecoder, direct
         )
 
 
-def _load_vision(config: InternLMXcomposer2Config, directory: Path, dtype: torch.dtype | str) -> VisionHalf:
+def _load_vision(
+    vision_class: type[PreTrainedModel], config: CheckpointConfig, directory: Path, dtype: torch.dtype | str
+) -> PreTrainedModel:
     """The vision half, without the decoder's weights being read or made."""
     weights = load_file(directory / VISION)
     if dtype == "auto":
-        dtype = weights["vision_proj.0.weight"].dtype
-    return VisionHalf.from_pretrained(None, config=config, state_dict=weights, dtype=dtype).eval()
+        dtype = weights[vision_class.projector].dtype
+    return vision_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype).eval()
