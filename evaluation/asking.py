@@ -60,6 +60,7 @@ class Asker:
 
     Args:
         benchmark: whose settings to use for every task; by default the one that the task belongs to.
+        version: of the table, the model's by default.
         published: whether the table's settings count; without, the task's own do.
         hd_num: local tiles of a picture, whatever the table says.
         batch_size: questions at once.
@@ -74,12 +75,13 @@ class Asker:
         tokenizer,
         *,
         benchmark: str | None = None,
+        version: str | None = None,
         published: bool = True,
         hd_num: int | None = None,
         batch_size: int = 1,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.version = TABLE_VERSIONS.get(model.config.version)
+        self.version = version or TABLE_VERSIONS.get(model.config.version)
         self.benchmark, self.published = benchmark, published
         self.hd_num, self.batch_size = hd_num, batch_size
         if benchmark is not None:

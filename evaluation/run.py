@@ -21,7 +21,10 @@ from transformers import AutoModel, AutoTokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from evaluation.benchmarks import Settings, settings_of  # noqa: E402
+from internlm_xcomposer2.evaluation.asking import Asker, Sample  # noqa: E402
+from internlm_xcomposer2.media_internlm_xcomposer2 import load_image  # noqa: E402
+
+from evaluation.benchmarks import settings_of  # noqa: E402
 from evaluation.metrics import accuracy, anls, cider, field_f1, mean  # noqa: E402
 
 METRICS = {"WTQ": mean(accuracy), "TabFact": mean(accuracy), "VisualMRC": cider, "ANLS": mean(anls)}
@@ -79,18 +82,14 @@ def batches(rows: Sequence[dict], size: int) -> Iterator[Sequence[dict]]:
         yield rows[start : start + size]
 
 
-def answer(
-    model, tokenizer, rows: Sequence[dict], folder: Path, settings: Settings, hd_num: int | None
-) -> list[str]:
-    """The answers to some rows, as they are read."""
-    pictures = [[row["image"]] if isinstance(row["image"], str) else row["image"] for row in rows]
-    paths = [[str(folder / name) for name in names] for names in pictures]
-    arguments = settings.chat_arguments(max(map(len, paths)))
-    if hd_num is not None:
-        arguments["hd_num"] = hd_num
-    queries = [settings.ask(row["question"]) for row in rows]
-    answers = model.batch_chat(tokenizer, queries, paths, **arguments)
-    return [settings.read_answer(text) for text, _ in answers]
+def samples_of(rows: Sequence[dict], folder: Path) -> list[Sample]:
+    """Rows as `Asker` takes them, their pictures read."""
+    named = [[row["image"]] if isinstance(row["image"], str) else row["image"] for row in rows]
+    pictures = [[load_image(folder / name) for name in names] for names in named]
+    return [
+        Sample(row["question"], media, {"question": row["question"]})
+        for row, media in zip(rows, pictures, strict=True)
+    ]
 
 
 def score(benchmark: str, rows: Sequence[dict], answers: dict[object, str]) -> float:
@@ -106,7 +105,8 @@ def score(benchmark: str, rows: Sequence[dict], answers: dict[object, str]) -> f
 
 def main(arguments: Sequence[str] | None = None) -> dict:
     options = parse_arguments(arguments)
-    settings = settings_of("DocVQA" if options.benchmark == "ANLS" else options.benchmark, options.version)
+    benchmark = "DocVQA" if options.benchmark == "ANLS" else options.benchmark
+    settings = settings_of(benchmark, options.version)
     needed = ("id", "image", "question", "answers")
     rows = read_rows(
         options.questions, (*needed, "document", "field") if options.benchmark == "DeepForm" else needed
@@ -116,9 +116,17 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     if remaining:
         tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
         model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=options.dtype).eval()
+        asker = Asker(
+            model,
+            tokenizer,
+            benchmark=benchmark,
+            version=options.version,
+            hd_num=options.hd_num,
+            batch_size=options.batch,
+        )
         with options.out.open("a", encoding="utf-8") as out, tqdm(total=len(remaining)) as progress:
             for batch in batches(remaining, options.batch):
-                texts = answer(model, tokenizer, batch, options.questions.parent, settings, options.hd_num)
+                texts = asker.answers(samples_of(batch, options.questions.parent))
                 for row, text in zip(batch, texts, strict=True):
                     answers[row["id"]] = text
                     out.write(json.dumps({"id": row["id"], "answer": text}, ensure_ascii=False) + "\n")

@@ -162,7 +162,8 @@ def test_a_run_goes_on_where_it_stopped(questions, monkeypatch):
     load = InternLMXComposer2ForCausalLM.from_pretrained
     monkeypatch.setattr(run.AutoModel, "from_pretrained", lambda name, **_: load(name))
     result = run.main(["WTQ", str(questions), "--out", str(out)])
-    assert len(asked) == 1 and asked[0].startswith("Answer the question using a single word or phrase.")
+    published = "<ImageHere>Answer the question using a single word or phrase."
+    assert len(asked) == 1 and asked[0].startswith(published)
     assert result["score"] == 50.0 and result["samples"] == 2
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert lines == [{"id": 1, "answer": "6143"}, {"id": 2, "answer": "7"}]
