@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from ..chat_internlm_xcomposer2 import ChatMixin
+from ..configuration_internlm_xcomposer2 import FIRST_GENERATION
 from ..llamacpp.files import DECODER
 from ..llamacpp.model import from_gguf
 from ..tokenization_internlm_xcomposer2 import InternLMXComposer2Tokenizer
@@ -100,11 +101,16 @@ def load_engine(options: argparse.Namespace, adapters: tuple[str, ...] | None = 
 
     Raises:
         FileNotFoundError: no model is named, and nano is only in a clone of the repository.
-        ValueError, OSError: it can't be loaded.
+        ValueError, OSError: it can't be loaded, or is one of the first generation.
     """
     if options.model is None and not NANO.is_file():
         raise FileNotFoundError(f"there is no checkpoint in {PACKAGE}; pass --model, or install a clone")
     source = str(PACKAGE) if options.model is None else options.model
+    if getattr(AutoConfig.from_pretrained(source), "version", None) == FIRST_GENERATION:
+        raise ValueError(
+            f"{source!r} is of version {FIRST_GENERATION}, whose methods these commands don't know; call "
+            "model.chat in Python, or start transformers serve"
+        )
     tokenizer = AutoTokenizer.from_pretrained(source)
     is_gguf = (Path(source) / DECODER).is_file()
     load = _load_gguf if options.backend == "llama.cpp" or (options.backend is None and is_gguf) else _load

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from first_generation import needs_first_tokenizer, picture, published_fields, recipe_state_dict, write_first
-from helpers import read_json
+from helpers import ROOT, read_json
 from internlm_xcomposer2 import InternLMXComposerForCausalLM
 from internlm_xcomposer2.ixc2.adopt import adopt
 from internlm_xcomposer2.ixc2.main import main
@@ -150,3 +150,13 @@ def test_bitsandbytes_quantises_what_is_folded(tmp_path):
     assert kinds["internlm_model.model.layers.0.self_attn.q_proj"] == "Linear4bit"
     assert kinds["internlm_model.lm_head"] == kinds["internlm_proj"] == "Linear"
     assert kinds["visual_encoder.encoder.layers.0.mlp.fc1"] == "Linear"
+
+
+@pytest.mark.parametrize(
+    "command", [["ask", str(ROOT / "examples" / "star.png"), "Who?"], ["page", "A page."]]
+)
+def test_commands_that_ask_say_that_they_ask_other_versions(tmp_path, capsys, command):
+    write_first(tmp_path / "source")
+    name, *arguments = command
+    assert main([name, "--model", str(tmp_path / "source"), *arguments]) == 1
+    assert "is of version 1.0, whose methods these commands don't know" in capsys.readouterr().err
