@@ -94,8 +94,9 @@ class ChatStream(Iterator[str]):
         query: str,
         turns: Sequence[tuple[str, str]],
         end: str = END_OF_TURN,
+        answer_prefix: str = "",
     ) -> None:
-        self.response, self.end = "", end
+        self.response, self.end, self._answer_prefix = "", end, answer_prefix
         self._query, self._turns, self._kept = query, list(turns), Future()
         self._writer, self._generate = writer, generate
         self._thread: threading.Thread | None = None
@@ -107,7 +108,7 @@ class ChatStream(Iterator[str]):
 
     def _turn(self):
         """The turn that this stream adds to the history."""
-        return self._query, self.response
+        return self._query, self._answer_prefix + self.response
 
     def __next__(self) -> str:
         if self._thread is None and not self._is_closed:
@@ -330,6 +331,7 @@ class ChatMixin:
         fps: float = 1.0,
         num_frames: int = MAX_FRAMES,
         allow_markup: bool = False,
+        answer_prefix: str = "",
         **settings,
     ) -> ChatStream:
         """Like `chat`, but returns an iterator of pieces of the answer, which has the `history` at the end.
@@ -337,7 +339,7 @@ class ChatMixin:
         Closing the iterator stops the computation after the current token.
 
         Args:
-            fps, num_frames: as in `chat`.
+            fps, num_frames, answer_prefix: as in `chat`.
             settings: as in `batch_chat`.
 
         Raises:
@@ -362,6 +364,7 @@ class ChatMixin:
             allow_markup=allow_markup,
             fps=fps,
             num_frames=num_frames,
+            answer_prefix=answer_prefix,
         )
         earlier = getattr(history, "prompt_cache", None)
         return ChatStream(
@@ -369,6 +372,7 @@ class ChatMixin:
             lambda: self._answer([prompt], settings, earlier, keep=reuse)[1],
             query,
             turns,
+            answer_prefix=answer_prefix,
         )
 
     def stream_chat(

@@ -311,6 +311,8 @@ def test_an_answer_begins_as_asked(model, tokenizer, picture, image):
     assert answer.startswith(tokenizer.decode(logits[0, -1].argmax().item(), skip_special_tokens=True))
     ((batched, _),) = model.batch_chat(tokenizer, ["what?"], [asked["image"]], answer_prefix=prefix, **greedy)
     assert batched == answer and len(answer) > 0
+    stream = model.chat_stream(**asked, answer_prefix=prefix)
+    assert "".join(stream) == answer and stream.history == history
 
 
 def test_a_prefix_is_plain_text(model, tokenizer):
