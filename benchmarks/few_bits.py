@@ -11,7 +11,8 @@ other two from it. Every row is measured in a separate process:
 - loaded, peak: resident memory after loading and the most until the end, less what the imports took;
 - prefill: seconds for a prompt of --tokens tokens; decode: seconds for each token after it.
 
-Pages of the checkpoint's file count while they are mapped. Linux only. The last line is JSON.
+The weights in bfloat16 stay in their file, which is mapped, until the first answer: they are in the peak, not
+in what is loaded. Linux only. The last line is JSON.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Run all benchmarks at medium size and write RESULTS.md and cost.png beside them.
 
-    python benchmarks/report.py            # runs everything, which takes about 45 minutes on one core
+    python benchmarks/report.py            # runs everything, which takes about half an hour on one core
     python benchmarks/report.py --render   # only rewrites the files, from results.json
 
 Each command's last line, its JSON, is kept in results.json. The plot needs matplotlib.
@@ -14,23 +14,24 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+# Each ends within ten minutes on one core, so that a shared machine can be measured in pieces.
 RUNS = (
-    "prefill_decode.py --tiles 1x1 2x3 3x5 6x10 --repeats 1",
-    "prefill_decode.py --tiles 2x3 6x10 --repeats 1 --naive off --dtype bfloat16",
+    "prefill_decode.py --tiles 1x1 2x3 3x5 --naive-tiles 6 --repeats 1",
+    "prefill_decode.py --tiles 6x10 --naive off --repeats 1",
+    "prefill_decode.py --tiles 2x3 --naive off --dtype bfloat16 --repeats 1",
     "chat_turns.py --turns 2",
-    "memory.py",
-    "vision.py --tiles 2x3 --pictures 1",
-    "vision.py --tiles 2x3 --pictures 4 --repeated --repeats 1",
-    "preprocess.py --threads 1 --frames",
+    "memory.py --tiles 6",
+    "vision.py --tiles 2x3 --pictures 1 --repeats 1",
+    "preprocess.py --threads 1 --frames --repeats 1",
     "batch.py --size nano --threads 1",
-    "peers.py",
-    "few_bits.py --repeats 2",
-    "prefill_decode.py --tiles 2x3 --repeats 1 --naive off --compile",
+    "peers.py --repeats 1",
+    "few_bits.py --repeats 1 --layers 3",
 )
 INTRODUCTION = """# Results
 
 Written by `python benchmarks/report.py`; `results.json` holds every number. Times are medians, followed
-by the range. "Ratio" is naive / ours, where "naive" has this package's optimisations switched off.
+by the range. "Ratio" is naive / ours, where "naive" has this package's optimisations switched off; for peers,
+theirs / ours. Sizes and repetitions are small, so that each command ends within ten minutes.
 
 {machine}
 

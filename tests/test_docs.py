@@ -106,6 +106,43 @@ def offline_environment(home: Path) -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "PYTHONIOENCODING": "utf-8"}
 
 
+# ---- speed ----
+
+# Rows of the table of benchmarks: benchmark, what was measured, and which of its rows.
+MEASURED = (
+    ("prefill_decode", "prefill", {"tokens": 2879}),
+    ("prefill_decode", "decode", {"tokens": 2879}),
+    ("chat_turns", "total", {"beams": 1, "turn": 1}),
+    ("chat_turns", "total", {"beams": 1, "turn": 2}),
+    ("chat_turns", "total", {"beams": 3, "turn": 1}),
+    ("vision", "time", {"tiles": 7}),
+    ("preprocess", "time", {"of": "Video_transform, 640x360"}),
+    ("memory", "peak_gb", {"tiles": 6, "adapters": "all"}),
+    ("batch", "time", {"conversations": 8}),
+)
+UNITS = {"s": 1, "ms": 1e-3, "GB": 1}
+
+
+def measured(benchmark: str, name: str, where: dict) -> list[float]:
+    """What RESULTS.md says of our way and of the other, in seconds or GB."""
+    reports = read_json(ROOT / "benchmarks" / "results.json").values()
+    rows = [row for report in reports if report["benchmark"] == benchmark for row in report["rows"]]
+    found = {row["mode"]: row[name] for row in reversed(rows) if where.items() <= row.items()}
+    values = [found[mode] for mode in ("ours", "naive")]
+    return [value["median"] if isinstance(value, dict) else value for value in values]
+
+
+@pytest.mark.parametrize("page", ["docs/speed.md", "docs/zh/speed.md"])
+def test_the_table_of_benchmarks_says_what_was_measured(page):
+    rows = rows_of(page, "benchmarks")
+    assert len(rows) == len(MEASURED)
+    for (label, *cells, ratio), case in zip(rows, MEASURED, strict=True):
+        values = measured(*case)
+        shown = [float(number) * UNITS[unit] for number, unit in map(str.split, cells)]
+        assert shown == pytest.approx(values, rel=0.01), label
+        assert float(ratio) == pytest.approx(values[1] / values[0], rel=0.03), label
+
+
 # ---- examples ----
 
 
