@@ -27,8 +27,9 @@ from .library import Library, file_name, load_library
 
 BASE, PICTURES = "base", "pictures"  # besides the inference modes with adapters: what acts on nothing else
 
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-BATCH = 512  # tokens decoded at once: bounds the memory, and how long an interrupt waits
+FLOAT_TYPES = ("f32", "f16", "bf16")
+KV_TYPES = (*FLOAT_TYPES, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+BATCH, GPU_BATCH = 128, 512  # tokens decoded at once: bounds the memory, and how long an interrupt waits
 MAX_SEQUENCES = 16  # decoded side by side
 
 
@@ -162,7 +163,15 @@ def load_decoder(
     context = None
     try:
         adapters = _load_adapters(library, model, directory, modes)
-        context = _make_context(library, model, num_positions, num_threads, kv_type)
+        if kv_type is None:
+            is_f32 = library.metadata(api.llama_model_meta_val_str, model, "general.file_type") == "0"
+            kv_type = "f32" if is_f32 else "f16"
+        parameters = _context_parameters(api, num_positions, num_threads, kv_type, num_gpu_layers != 0)
+        about = f"llama.cpp can't make a context of n_ctx {num_positions} with kv_type {kv_type}"
+        with library.complaining(about) as fault:
+            context = api.llama_init_from_model(model, parameters)
+            if not context:
+                raise fault()
         return LlamaDecoder(library, model, context, adapters, num_positions)
     except BaseException:
         if context is not None:
@@ -194,24 +203,16 @@ def _load_adapters(library: Library, model, directory: Path, modes: Sequence[str
     return adapters
 
 
-def _make_context(library: Library, model, num_positions: int, num_threads: int, kv_type: str | None):
+def _context_parameters(api, num_positions: int, num_threads: int, kv_type: str, has_gpu: bool):
     """A context for causal decoding of up to `num_positions` tokens in all sequences together."""
-    api = library.api
-    if kv_type is None:
-        is_f32 = library.metadata(api.llama_model_meta_val_str, model, "general.file_type") == "0"
-        kv_type = "f32" if is_f32 else "f16"
     parameters = api.llama_context_default_params()
     parameters.n_ctx = num_positions
-    parameters.n_batch = parameters.n_ubatch = min(BATCH, num_positions)
+    parameters.n_batch = parameters.n_ubatch = min(GPU_BATCH if has_gpu else BATCH, num_positions)
     parameters.n_seq_max = MAX_SEQUENCES
     parameters.kv_unified = True  # so that one sequence may take the whole context
     parameters.n_threads = parameters.n_threads_batch = num_threads
     parameters.type_k = parameters.type_v = getattr(api, f"GGML_TYPE_{kv_type.upper()}")
-    if kv_type == "f32":  # flash attention computes in half precision
+    # On a CPU, a token takes a third longer with flash attention. Quantised values need it.
+    if kv_type in FLOAT_TYPES and not has_gpu:
         parameters.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    about = f"llama.cpp can't make a context of n_ctx {num_positions} with kv_type {kv_type}"
-    with library.complaining(about) as fault:
-        context = api.llama_init_from_model(model, parameters)
-        if not context:
-            raise fault()
-    return context
+    return parameters
