@@ -29,7 +29,8 @@ BASE, PICTURES = "base", "pictures"  # besides the inference modes with adapters
 
 FLOAT_TYPES = ("f32", "f16", "bf16")
 KV_TYPES = (*FLOAT_TYPES, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-BATCH, GPU_BATCH = 128, 512  # tokens decoded at once: bounds the memory, and how long an interrupt waits
+BATCH = 512  # tokens decoded in one call: bounds how long an interrupt waits
+CPU_BATCH = 128  # computed at once on a CPU, which gains nothing from more: bounds the memory
 MAX_SEQUENCES = 16  # decoded side by side
 
 
@@ -207,7 +208,8 @@ def _context_parameters(api, num_positions: int, num_threads: int, kv_type: str,
     """A context for causal decoding of up to `num_positions` tokens in all sequences together."""
     parameters = api.llama_context_default_params()
     parameters.n_ctx = num_positions
-    parameters.n_batch = parameters.n_ubatch = min(GPU_BATCH if has_gpu else BATCH, num_positions)
+    parameters.n_batch = min(BATCH, num_positions)
+    parameters.n_ubatch = parameters.n_batch if has_gpu else min(CPU_BATCH, num_positions)
     parameters.n_seq_max = MAX_SEQUENCES
     parameters.kv_unified = True  # so that one sequence may take the whole context
     parameters.n_threads = parameters.n_threads_batch = num_threads
