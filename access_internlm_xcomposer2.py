@@ -24,8 +24,8 @@ from functools import partial
 LOCAL_PATH_VARIABLE = "IXC2_ALLOWED_LOCAL_MEDIA_PATH"
 DOMAINS_VARIABLE = "IXC2_ALLOWED_MEDIA_DOMAINS"
 
-# A process that has loaded this module is a server of transformers: what it is asked to read, clients name.
-SERVER_MODULE = "transformers.cli.serving.server"
+# A process that has loaded one of these modules is a server: what it is asked to read, clients name.
+SERVER_MODULES = ("transformers.cli.serving.server", "internlm_xcomposer2.llamacpp.server")
 
 ANY_PUBLIC_HOST = "*"
 LOCALHOST = "localhost"
@@ -42,8 +42,8 @@ class Refused(Exception):
 
 
 def is_served() -> bool:
-    """Whether this process is `transformers serve`."""
-    return SERVER_MODULE in sys.modules
+    """Whether this process is `transformers serve` or `ixc2 serve`."""
+    return any(name in sys.modules for name in SERVER_MODULES)
 
 
 @contextmanager

@@ -309,7 +309,7 @@ def as_visuals(
 
     Args:
         media: one picture or video or a list of them; in a list, a list of frames is a video. A 4-D float
-            tensor is a stack of pictures normalised by `vis_processor`.
+            tensor is a stack of pictures normalised by `vis_processor`. What is loaded stays as it is.
         fps, num_frames: frames per second of a video, and the most frames to take.
         hd_num: the budget for which pictures will be cut; they are then kept as small as that needs.
 
@@ -343,6 +343,8 @@ def _keep(allowance: Allowance, config, hd_num: int | None, image: Image.Image) 
 
 
 def _as_visuals(item, config, sampling: dict, keep: Callable[[Image.Image], Visual]) -> list[Visual]:
+    if isinstance(item, Visual):
+        return [item]
     if isinstance(item, torch.Tensor) and item.ndim == 4:
         return [Visual(pixels=check_pixels(pixels, config)) for pixels in check_stack(item)]
     if isinstance(item, list | tuple) or is_video(item):

@@ -549,7 +549,7 @@ def format_conversation(messages: Conversation, markup: Markup | None = None) ->
         )
     if markup is not None:
         rendered = markup.hide_messages(rendered)
-    turns = [format_turn(message["role"], _text_of(message["content"])) for message in rendered]
+    turns = [format_turn(message["role"], text_of(message["content"])) for message in rendered]
     return "".join(turns), media
 
 
@@ -562,7 +562,8 @@ def said_in(messages: Conversation) -> Iterator[str]:
         yield from (text for text in texts if isinstance(text, str))
 
 
-def _text_of(content: str | list[dict]) -> str:
+def text_of(content: str | list[dict]) -> str:
+    """What a message says, with a mark for each of its pictures and videos."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     return "".join(part["text"] if part["type"] == "text" else IMAGE_MARK for part in parts).strip()
 

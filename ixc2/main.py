@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..configuration_internlm_xcomposer2 import FIRST_GENERATION, TEXT_SIZES
-from . import ask, pages
+from . import ask, pages, serve
 from .adapters import export_adapters
 from .adopt import MAX_SHARD_SIZE, Adoption, adopt
 from .examine import (
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     ask.add_commands(commands)
     pages.add_commands(commands)
+    serve.add_commands(commands)
     command = commands.add_parser(
         "adopt",
         help="turn a published checkpoint into a directory that transformers 5 loads",

@@ -16,7 +16,7 @@ from internlm_xcomposer2 import access_internlm_xcomposer2 as access_module
 from internlm_xcomposer2.access_internlm_xcomposer2 import (
     DOMAINS_VARIABLE,
     LOCAL_PATH_VARIABLE,
-    SERVER_MODULE,
+    SERVER_MODULES,
     MediaAccess,
     bad_requests,
     fetch,
@@ -127,7 +127,7 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def served(monkeypatch) -> None:
     """As in a process of `transformers serve`."""
-    monkeypatch.setitem(sys.modules, SERVER_MODULE, types.ModuleType(SERVER_MODULE))
+    monkeypatch.setitem(sys.modules, SERVER_MODULES[0], types.ModuleType(SERVER_MODULES[0]))
 
 
 @pytest.fixture(autouse=True)
@@ -379,7 +379,7 @@ def test_in_a_server_a_bad_request_is_one_of_its_framework(error, served):
 def test_other_errors_stay_as_they_are(served, monkeypatch):
     with pytest.raises(MemoryError), bad_requests():
         raise MemoryError
-    monkeypatch.delitem(sys.modules, SERVER_MODULE)
+    monkeypatch.delitem(sys.modules, SERVER_MODULES[0])
     with pytest.raises(ValueError, match="too big") as raised, bad_requests():
         raise ValueError("too big")
     assert type(raised.value) is ValueError

@@ -18,7 +18,7 @@ import transformers
 from first_generation import tiny_first
 from helpers import ROOT, tiny_model
 from internlm_xcomposer2 import InternLMXcomposer2Config, InternLMXComposer2ForCausalLM
-from internlm_xcomposer2.access_internlm_xcomposer2 import SERVER_MODULE
+from internlm_xcomposer2.access_internlm_xcomposer2 import SERVER_MODULES
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -266,7 +266,7 @@ def _():
 @entry("transformers.cli.serving.server")
 def _():
     folder = Path(transformers.__file__).parent
-    assert folder.joinpath(*SERVER_MODULE.split(".")[1:]).with_suffix(".py").is_file()
+    assert folder.joinpath(*SERVER_MODULES[0].split(".")[1:]).with_suffix(".py").is_file()
     assert "from .serving.server import" in (folder / "cli" / "serve.py").read_text(encoding="utf-8")
 
 
