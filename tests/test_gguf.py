@@ -309,15 +309,15 @@ def test_the_terminal_asks_it(exported, capsys):
 
 @pytest.fixture(scope="module")
 def family_llama(checkpoint, tmp_path_factory):
-    """Family -> its golden checkpoint in float32, run by llama.cpp."""
+    """Family and type -> its golden checkpoint in that type, run by llama.cpp."""
     folder, loaded = tmp_path_factory.mktemp("families"), {}
 
-    def get(family: str):
-        if family not in loaded:
-            tokenizer = published_tokenizer()
-            export(checkpoint(family), folder / family, "f32", tokenizer=tokenizer)
-            loaded[family] = from_gguf(folder / family, n_threads=1)
-        return loaded[family]
+    def get(family: str, type: str):
+        if (family, type) not in loaded:
+            target = folder / type / family
+            export(checkpoint(family), target, type, tokenizer=published_tokenizer())
+            loaded[family, type] = from_gguf(target, n_threads=1)
+        return loaded[family, type]
 
     return get
 
@@ -325,7 +325,7 @@ def family_llama(checkpoint, tmp_path_factory):
 @needs_published_tokenizer
 @pytest.mark.parametrize("family", FAMILIES)
 def test_numbers_and_answers_of_the_original(family, family_llama, monkeypatch):
-    model = family_llama(family)
+    model = family_llama(family, "f32")
     counter = Counter(model.decoder, monkeypatch)
     for name in golden_cases(family):
         case, tensors = golden_case(family, name)
@@ -344,6 +344,20 @@ def test_numbers_and_answers_of_the_original(family, family_llama, monkeypatch):
             assert [list(turn) for turn in history] == golden["history_out"]
             expected = tensors["logits_last"].flatten()
             torch.testing.assert_close(counter.logits, expected, rtol=0, atol=1e-3)
+
+
+@needs_published_tokenizer
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_gives_the_first_token_of_the_original(family, family_llama, monkeypatch):
+    """And logits that are off by a hundredth, which can decide between later tokens of random models."""
+    model = family_llama(family, "f16")
+    counter = Counter(model.decoder, monkeypatch)
+    for name in golden_cases(family):
+        case, tensors = golden_case(family, name)
+        model.chat(model.tokenizer, **call_of(case), do_sample=False, max_new_tokens=1, reuse=False)
+        expected = tensors["logits_last"].flatten()
+        torch.testing.assert_close(counter.logits, expected, rtol=0, atol=5e-2)
+        assert counter.logits.argmax() == expected.argmax(), name
 
 
 # ---- what is exported ----
@@ -411,12 +425,18 @@ def test_nano_still_answers_in_other_types(type, exported, tokenizer):
     assert model.chat(tokenizer, "What colour is the object?", RING, **GREEDY)[0]
 
 
-def test_half_precision_gives_the_tokens_of_torch(nano, exported, tokenizer):
-    model = from_gguf(exported("f16"), n_threads=1)
+@pytest.mark.parametrize("type", ["f32", "f16"])
+def test_whole_and_half_precision_give_the_tokens_of_torch(type, nano, exported, tokenizer):
+    model = from_gguf(exported(type), n_threads=1)
     for names, question, hd_num in QUESTIONS:
         paths = [str(EXAMPLES / name) for name in names]
         expected, _ = nano.chat(tokenizer, question, paths, hd_num, **GREEDY)
         assert model.chat(tokenizer, question, paths, hd_num, **GREEDY)[0] == expected
+    video, mine, theirs = [str(EXAMPLES / "circle.mp4")], [], []
+    for question in ("What happens in the video?", "What colour is it?", "How many circles are there?"):
+        expected, theirs = nano.chat(tokenizer, question, video, history=theirs, **GREEDY)
+        answer, mine = model.chat(tokenizer, question, video, history=mine, **GREEDY)
+        assert answer == expected
 
 
 @pytest.mark.parametrize("kind", ["bin", "sharded", "gptq", "awq"])
