@@ -10,7 +10,9 @@ prompt of embeddings with one picture:
 - decode: the time of each later token, chosen in Python;
 - bare: the time of each later token if nothing but llama.cpp's `llama_decode` runs, in the same context;
 - second turn: the time to the first token of another question of the same length about the same picture;
-- agreement: in how many of --positions places after the picture the most likely token is that of f32;
+- agreement: in how many of --positions places after the picture the most likely token is that of f32, which
+  must come first; among_five: in how many f32's is among the five most likely; error: of all logits there,
+  as a part of their length;
 - loading and peak: memory of the process in GB, after loading and at most. Mapped pages of files count.
 
 With one thread, times are the processor's, so that other processes on the machine don't count, else the
@@ -107,19 +109,30 @@ def decode_bare(decoder, length: int, num_new: int, timed: Timed) -> None:
         timed(api.llama_decode, decoder._context, api.llama_batch_get_one(token, 1))
 
 
-def top_tokens(decoder, length: int, num_positions: int) -> list[int]:
-    """The most likely token after each of several random ones."""
+def logits_of(decoder, length: int, num_positions: int) -> np.ndarray:
+    """(positions, vocabulary) logits after each of several random tokens."""
     ids = np.random.default_rng(0).integers(7, decoder.vocab_size, num_positions).tolist()
     decoder.forget(0, length)
     places = np.arange(length, length + num_positions)
     decoder._decode(ids, places, np.zeros(num_positions), np.ones(num_positions, dtype=np.int8))
-    return [int(decoder._logits(index).argmax()) for index in range(num_positions)]
+    return np.stack([decoder._logits(index) for index in range(num_positions)])
+
+
+def agreement(found: np.ndarray, exact: np.ndarray) -> dict:
+    """How (positions, vocabulary) logits agree with those of f32."""
+    top = exact.argmax(axis=1)
+    five = np.argpartition(-found, 5, axis=1)[:, :5]
+    return {
+        "agreement": float(np.mean(found.argmax(axis=1) == top)),
+        "among_five": float(np.mean((five == top[:, None]).any(axis=1))),
+        "error": float(np.linalg.norm(found - exact) / np.linalg.norm(exact)),
+    }
 
 
 def measure_gguf(
     folder: str, kind: str, threads: int, num_new: int, repeats: int, num_positions: int
 ) -> dict:
-    """A row of the table, with the most likely tokens in place of the agreement."""
+    """A row of the table, with logits in place of the agreement."""
     from internlm_xcomposer2 import from_gguf
     from internlm_xcomposer2.image_processing_internlm_xcomposer2 import tokens_of_grid
 
@@ -144,7 +157,7 @@ def measure_gguf(
         "second_turn": common.spread(second.seconds),
         "loading_gb": round(loaded, 3),
         "measured_peak_gb": round(peak, 3),
-        "top": top_tokens(model.decoder, length, num_positions),
+        "logits": logits_of(model.decoder, length, num_positions),
     }
 
 
@@ -169,7 +182,7 @@ def parse_arguments() -> argparse.Namespace:
     result = common.parser(__doc__)
     result.add_argument("--types", nargs="+", default=TYPES, help="of llama.cpp's quantiser")
     result.add_argument("--dtypes", nargs="*", default=["float32"], help="to measure in torch")
-    result.add_argument("--new-tokens", type=int, default=16)
+    result.add_argument("--new-tokens", type=int, default=48)
     result.add_argument("--positions", type=int, default=256, help="at which agreement is counted")
     return result.parse_args()
 
@@ -178,7 +191,7 @@ def main() -> None:
     arguments = parse_arguments()
     report = common.begin("gguf_speed", arguments)
     shared = {"threads": arguments.threads, "num_new": arguments.new_tokens, "repeats": arguments.repeats}
-    rows, tops = [], {}
+    rows, exact = [], None
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
         write_model(source, arguments.size)
@@ -194,10 +207,11 @@ def main() -> None:
                 **shared,
             )
             shutil.rmtree(target)
-            tops[kind] = np.array(row.pop("top"))
+            logits = row.pop("logits")
             row |= {"file_gb": round(num_bytes / 1e9, 4)}
-            if "f32" in tops:
-                row["agreement"] = float(np.mean(tops[kind] == tops["f32"]))
+            exact = logits if kind == "f32" else exact
+            if exact is not None:
+                row |= agreement(logits, exact)
             rows.append(row)
             common.print_row(row)
     for dtype in arguments.dtypes:
