@@ -157,6 +157,9 @@ def load_decoder(
     api = library.api
     parameters = api.llama_model_default_params()
     parameters.n_gpu_layers = num_gpu_layers
+    # llama.cpp rearranges some types for the CPU; the rest of a mapped file would stay in memory beside them.
+    if not num_gpu_layers:
+        parameters.load_mode = api.LLAMA_LOAD_MODE_NONE
     with library.complaining(f"llama.cpp can't load {directory / DECODER}") as fault:
         model = api.llama_model_load_from_file(file_name(directory / DECODER), parameters)
         if not model:
