@@ -727,3 +727,28 @@ def test_the_benchmark_measures_every_type(monkeypatch, capsys):
     assert {"python", "decode_of_torch"} < report["ratios"][0].keys()
     for name in ("gguf_speed", "prefill_decode", "common"):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_the_memory_of_writing_and_answering_is_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    gguf_memory = importlib.import_module("gguf_memory")
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tiny = {**gguf_memory.PUBLISHED["1.8b"], **text, "vision_config": vision}
+    monkeypatch.setitem(gguf_memory.PUBLISHED, "1.8b", tiny)
+    monkeypatch.setattr(gguf_memory, "VOCABULARY", 1000)
+    monkeypatch.setattr(
+        gguf_memory.common, "measure_apart", lambda function, options, **rest: function(**rest)
+    )
+    options = ["--layers", "2", "--type", "q8_0", "--n-ctx", "1700", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["gguf_memory.py", *options, "--kv-type", "f16"])
+    gguf_memory.main()
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    writing, answering = report["rows"]
+    assert writing["writing_gb"] > 0 and (tmp_path / "q8_0" / "decoder.gguf").is_file()
+    assert 1225 < answering["tokens"] < 1700  # 490 px make 35 x 35 patches
+    assert answering["kv_gb"] == round(2 * 2 * 2 * 16 * 2 * 1700 / 1e9, 3)
+    assert answering["answering_gb"] >= answering["loading_gb"] >= answering["imports_gb"] > 0
+    for name in ("gguf_memory", "common"):
+        sys.modules.pop(name, None)
