@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from ..llamacpp.decoder import KV_TYPES
-from ..llamacpp.model import from_gguf
+from ..llamacpp.model import LlamaCppModel, from_gguf
 
 INSTALL = "pip install 'internlm-xcomposer2[gguf,serve]'"
 
@@ -44,6 +44,10 @@ def _serve(options: argparse.Namespace) -> None:
         kv_type=options.kv_type,
         adapters=(),
     )
+    if not isinstance(model, LlamaCppModel):
+        raise ValueError(
+            f"{options.directory} is of the first generation, which ixc2 serve doesn't know; use ixc2 ask"
+        )
     model.tokenizer = AutoTokenizer.from_pretrained(options.directory)
     app = build_app(model, Path(options.directory).resolve().name)
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
