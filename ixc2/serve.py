@@ -46,7 +46,7 @@ def _serve(options: argparse.Namespace) -> None:
     )
     if not isinstance(model, LlamaCppModel):
         raise ValueError(
-            f"{options.directory} is of the first generation, which ixc2 serve doesn't know; use ixc2 ask"
+            f"{options.directory} is of the first generation, which ixc2 serve doesn't know; use from_gguf"
         )
     model.tokenizer = AutoTokenizer.from_pretrained(options.directory)
     app = build_app(model, Path(options.directory).resolve().name)

@@ -198,3 +198,8 @@ def test_what_llama_cpp_has_not_is_refused(llama, target, tmp_path):
     (broken / "vision.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="has no vision.safetensors; write such a directory"):
         from_gguf(broken)
+
+
+def test_it_is_not_served(target, capsys):
+    assert main(["serve", str(target)]) == 1
+    assert "first generation, which ixc2 serve doesn't know" in capsys.readouterr().err
