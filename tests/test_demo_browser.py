@@ -26,6 +26,7 @@ pytest.importorskip("playwright", reason="pip install -e '.[web-test]'")
 if BROWSER is None:
     pytest.skip("there is no chromium; set IXC2_BROWSER", allow_module_level=True)
 
+from gradio import Blocks
 from internlm_xcomposer2.demo import chat, desk, dialogue, server, web, writing
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
@@ -402,14 +403,24 @@ def test_a_written_page_is_a_stranger_to_ours(site, visit, monkeypatch):
     assert frame.get_attribute("sandbox") == "allow-scripts"
 
 
+def test_the_controls_say_what_is_asked_for():
+    with Blocks():
+        controls = chat.settings_panel(nano_service())
+    values = [control.value for control in controls]
+    assert chat.settings_of(*values) == dialogue.Settings(do_sample=False)
+    beams = next(at for at, control in enumerate(controls) if '"num_beams"' in str(control.label))
+    values[0], values[beams] = 6, 3
+    assert chat.settings_of(*values) == dialogue.Settings(do_sample=False, hd_num=6, num_beams=3)
+
+
 def test_html_of_questions_and_answers_is_text(site, visit, monkeypatch):
     hostile = "<img src=x onerror=\"document.title='run'\"> <script>document.title='run'</script> `<b>`"
     monkeypatch.setattr(
         nano_service().model, "chat", lambda *args, **kwargs: (hostile, kwargs["history"]), raising=False
     )
+    # Answers of beams come from `chat`, whole.
+    monkeypatch.setattr(chat, "settings_of", lambda *values: dialogue.Settings(num_beams=2))
     page = visit(site)
-    page.get_by_role("button", name="Settings").first.click()
-    page.get_by_label("number input for Beams").first.fill("2")
     ask(page, hostile)
     shown = hostile.replace("`", "")
     expect_answers(page, shown)
