@@ -18,6 +18,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPPreTrainedMo
 
 from .configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2Config
 from .image_processing_internlm_xcomposer2 import check_grids, split_tiles
+from .inputs_internlm_xcomposer2 import check_finite
 from .kernels_internlm_xcomposer2 import Linear, add_product, with_kernels
 
 # How many tiles go through the tower at once: bounds the memory of a 4K picture or a long video.
@@ -355,9 +356,10 @@ class VisionMixin:
             `pooler_output`: one (tokens, hidden) tensor per picture.
 
         Raises:
-            ValueError: the grids don't fit the tiles.
+            TypeError, ValueError: the grids don't fit the tiles, or pixels aren't finite floats.
         """
         grids = check_grids(self.config, pixel_values, image_grid_hw)
+        check_finite(pixel_values)
         features = self.vit.encode_tiles(pixel_values)
         if self.config.is_tiled:
             with align_module_device(self):  # the newline vectors are ours, and may be offloaded

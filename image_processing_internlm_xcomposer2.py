@@ -33,7 +33,7 @@ from .checkpoint_internlm_xcomposer2 import (
 )
 from .configuration_internlm_xcomposer2 import IMAGE_PROCESSOR_AUTO_MAP, VERSIONS
 from .files_internlm_xcomposer2 import PROCESSOR_KINDS, blaming, check_fields
-from .inputs_internlm_xcomposer2 import check_integers, check_pixel_values
+from .inputs_internlm_xcomposer2 import check_floats, check_integers
 from .ixc_utils import (
     Font,
     check_hd_num,
@@ -450,11 +450,11 @@ def check_grids(config, pixel_values: Tensor, image_grid_hw: Tensor | None) -> l
     """The grids as pairs of ints, after checking that they account for every tile.
 
     Raises:
-        ValueError: they don't; the message has both numbers. Or pixels aren't finite.
+        ValueError: they don't; the message has both numbers.
         TypeError: something isn't a tensor, or of the wrong kind.
     """
     side = config.img_size
-    check_pixel_values(pixel_values)
+    check_floats("pixel_values", pixel_values)
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
         raise ValueError(
             f"pixel_values have the shape {tuple(pixel_values.shape)}; this checkpoint reads "

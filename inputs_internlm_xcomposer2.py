@@ -66,9 +66,8 @@ def check_embeds(inputs_embeds: Tensor, hidden_size: int) -> None:
         raise ValueError(f"inputs_embeds must be (batch, tokens, {hidden_size}), not of the shape {shape}")
 
 
-def check_pixel_values(pixel_values: Tensor) -> None:
-    """Raise `TypeError` or `ValueError` for anything but finite floats. Reads values."""
-    check_floats("pixel_values", pixel_values)
+def check_finite(pixel_values: Tensor) -> None:
+    """Raise `ValueError` for pixels that aren't numbers. Reads values."""
     if not torch.compiler.is_compiling() and not pixel_values.sum(dtype=torch.float32).isfinite():
         raise ValueError("pixel_values contain NaN or infinity; prepare pictures with the processor")
 

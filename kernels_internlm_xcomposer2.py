@@ -236,7 +236,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 def own_memory(model: nn.Module) -> int:
     """Move the large weights of linears out of the file that they are mapped from -> bytes moved.
 
-    A decoding step reads all of them, which is up to 15 % quicker from the process's own memory. One at a
+    A decoding step reads all of them, which is a few percent quicker from the process's own memory. One at a
     time is read from the file, past the mapping, so that none is held twice. Weights stay mapped without
     `/proc`, without room, and if everything is left to torch. No huge pages are requested: on a machine whose
     memory is full of files, the system takes seconds to make them.

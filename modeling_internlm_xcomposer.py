@@ -48,7 +48,13 @@ from .configuration_internlm_xcomposer import (
 from .configuration_internlm_xcomposer2 import check_infer_mode
 from .generation_internlm_xcomposer2 import GenerateMixin, published_arguments
 from .image_processing_internlm_xcomposer2 import VisProcessor, check_grids
-from .inputs_internlm_xcomposer2 import check_attention_mask, check_embeds, check_labels, check_positions
+from .inputs_internlm_xcomposer2 import (
+    check_attention_mask,
+    check_embeds,
+    check_finite,
+    check_labels,
+    check_positions,
+)
 from .modeling_internlm2 import check_attention, default_positions
 from .packing_internlm_xcomposer2 import Packing
 from .quantization_internlm_xcomposer2 import pack_linears
@@ -130,9 +136,10 @@ class FirstVisionMixin:
             (queries + 2, hidden) tensor per picture, flags included.
 
         Raises:
-            ValueError: the pixels have another size.
+            TypeError, ValueError: the pixels have another size, or aren't finite floats.
         """
         check_grids(self.config, pixel_values, image_grid_hw)
+        check_finite(pixel_values)
         device = self.visual_encoder.embeddings.patch_embedding.weight.device
         pixel_values = pixel_values if device.type == "meta" else pixel_values.to(device)
         patches = self.visual_encoder(pixel_values).last_hidden_state  # class token first, and kept

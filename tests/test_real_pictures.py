@@ -45,8 +45,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 8, "hd_num": 2}
 def path_of(package: str, name: str) -> Path:
     """A file that a package of `[dev]` ships; the package is not imported."""
     spec = find_spec(package)
-    if spec is None:
-        pytest.skip(f"{package} is not installed: pip install -e '.[dev]'")
+    assert spec is not None, f"{package} is not installed: pip install -e '.[dev]'"
     return Path(spec.origin).parent / FOLDERS[package] / name
 
 
