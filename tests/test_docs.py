@@ -15,12 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import HERE, ROOT, read_json, tiny_model
-from internlm_xcomposer2 import InternLMXcomposer2Config
+from internlm_xcomposer2 import (
+    InternLMXcomposer2Config,
+    InternLMXComposerConfig,
+    InternLMXComposerForCausalLM,
+)
 from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import checkpoint_headers, shapes_of
 from internlm_xcomposer2.configuration_internlm_xcomposer2 import TESTED_TRANSFORMERS
 from internlm_xcomposer2.image_processing_internlm_xcomposer2 import Visual
 from internlm_xcomposer2.ixc_utils import num_image_tokens
 from PIL import Image
+from transformers import initialization as init
 
 READMES = ("README.md", "README_CN.md")
 MAX_BYTES = 12_000  # of each README
@@ -282,13 +287,19 @@ def image_tokens(config: InternLMXcomposer2Config, hd_num: int | None, size: tup
 
 
 def test_the_table_of_checkpoints_is_what_the_package_computes():
-    nano, *published = rows_of("README.md", "checkpoints")
+    nano, *published, first = rows_of("README.md", "checkpoints")
     config = InternLMXcomposer2Config.from_pretrained(ROOT)
     counts = [math.prod(shape) for shape in shapes_of(checkpoint_headers(ROOT)).values()]
     check_row(nano, config, config.hd_num, sum(counts))
     recorded = read_json(HERE / "golden" / "state_dict_fullsize.json")
     for row, (fields, hd_num, key) in zip(published, ROWS, strict=True):
         check_row(row, InternLMXcomposer2Config(**fields), hd_num, recorded[key]["params"])
+    with torch.device("meta"), init.no_init_weights():
+        model = InternLMXComposerForCausalLM(InternLMXComposerConfig())
+    _, layout, *tokens, memory, _ = first
+    assert f"{model.config.img_size} px" in layout
+    assert {int(count) for count in tokens} == {model.num_image_tokens(1, 1)}
+    assert float(memory) == round(2 * model.num_parameters() / 1e9, 1)
 
 
 def check_row(row: list[str], config: InternLMXcomposer2Config, hd_num: int | None, num_parameters: int):
