@@ -19,7 +19,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPPreTrainedMo
 from .configuration_internlm_xcomposer2 import ADAPTERS_OF_MODE, InternLMXcomposer2Config
 from .image_processing_internlm_xcomposer2 import check_grids, split_tiles
 from .inputs_internlm_xcomposer2 import check_finite
-from .kernels_internlm_xcomposer2 import Linear, add_product, with_kernels
+from .kernels_internlm_xcomposer2 import Linear, LowRank, add_product, with_kernels
 
 # How many tiles go through the tower at once: bounds the memory of a 4K picture or a long video.
 MAX_TILES_PER_BATCH = 8
@@ -492,9 +492,13 @@ class PLoRA(nn.Module):
             image_rows: the same as `im_mask`, as indices into batch * tokens or as the one range they form;
                 computed once per forward.
         """
-        output = self.linear(x)
         if image_rows is None and im_mask is not None:
             image_rows = image_row_indices(im_mask, x.device)
+        low_rank = self._to_fold(x, image_rows) if isinstance(image_rows, slice) else None
+        if low_rank is not None:
+            output, image_rows = self.linear(x, low_rank), None
+        else:
+            output = self.linear(x)
         if image_rows is None and torch.is_grad_enabled() and self.Plora_A.weight.requires_grad:
             # Without pictures these weights get zero gradients, not `None`: other ranks may wait for them.
             image_rows = torch.empty(0, dtype=torch.long, device=x.device)
@@ -503,6 +507,14 @@ class PLoRA(nn.Module):
         for name in ADAPTERS_OF_MODE[infer_mode]:
             output = self._add_low_rank(output, x, f"lora_{name}")
         return output
+
+    def _to_fold(self, x: Tensor, rows: slice) -> LowRank | None:
+        """The low-rank weights if the linear folds them into its own weight for these rows."""
+        plain = type(self.Plora_A) is Linear and type(self.Plora_B) is LowRankUp
+        if not plain or not hasattr(self.linear, "folds") or self.lora_dropout.training:
+            return None
+        low_rank = LowRank(self.Plora_B.weight, self.Plora_A.weight, self.lora_scaling, rows)
+        return low_rank if self.linear.folds(x, low_rank) else None
 
     def _add_on_rows(self, output: Tensor, x: Tensor, rows: Tensor | slice) -> Tensor:
         """Add the low-rank product of some rows to them, in place unless gradients are needed."""

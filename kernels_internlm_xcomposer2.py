@@ -2,7 +2,8 @@
 
 The ways differ in rounding only. The environment variable `INTERNLM_XCOMPOSER2_KERNELS` names one of
 `KERNELS`: `auto` (the default) measures large products once per process, `torch` leaves everything to torch,
-the others are taken for products of every size wherever they can compute them.
+`folded` adds low-rank weights to the weight for any number of rows, the others are taken for products of
+every size wherever they can compute them.
 """
 
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 SETTING = "INTERNLM_XCOMPOSER2_KERNELS"
-KERNELS = ("auto", "torch", "onednn", "float32", "rows")
+KERNELS = ("auto", "torch", "onednn", "float32", "rows", "folded")
 
 LARGE = 1 << 20  # values of a weight from which the choice of a kernel matters
 FEW_ROWS = 8
@@ -32,6 +34,7 @@ _MARGIN = 1.1  # how many times as fast another way must be: close calls stay wi
 _VALUES_AT_ONCE = 1 << 21  # weights that are converted or unpacked at once: what a core's cache holds
 _IN_CACHE = 1 << 18  # values that pass through several steps at once
 _HALF_TYPES = (torch.bfloat16, torch.float16)
+_FOLDING = 1.5  # times its products by which low-rank weights must save any to be folded
 
 
 # ---- plain weights ----
@@ -47,13 +50,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _by_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Half types by way of float32, a part of the weight at a time: for chips without half-type products."""
-    wide, step = x.float(), max(1, _VALUES_AT_ONCE // weight.shape[1])
-    outputs = x.new_empty(len(x), len(weight))
-    for start in range(0, len(weight), step):
-        part = slice(start, start + step)
-        product = multiply(wide, weight[part].float(), None if bias is None else bias[part].float())
-        outputs[:, part] = product
-    return outputs
+    return product_by_parts(x.float(), len(weight), lambda part: weight[part].float(), x.dtype, bias)
 
 
 def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -190,12 +187,101 @@ def add_product(output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return output.addmm_(x, weight.t())
 
 
+# ---- low-rank weights ----
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """`scaling * up down`, to be added to a weight (out, in) for some of the rows that it is multiplied with.
+
+    Attributes:
+        up: (out, rank).
+        down: (rank, in).
+        rows: which of all rows.
+    """
+
+    up: Tensor
+    down: Tensor
+    scaling: float
+    rows: slice
+
+    def folds(self, x: Tensor) -> bool:
+        """Whether to add them to the weight, rather than their product with x (..., in) to the output.
+
+        That takes fewer operations if the rows are many: `rank * out * in` instead of
+        `rows * rank * (out + in)`. It is done where sums are in float32, so that nothing is rounded off.
+        """
+        outputs, inputs = len(self.up), self.down.shape[1]
+        saved = (self.rows.stop - self.rows.start) * (outputs + inputs)
+        pays = outputs * inputs >= LARGE and saved > _FOLDING * outputs * inputs
+        return (
+            (setting() == "folded" or (pays and setting() != "torch"))
+            and all(_is_plain_product(x, weight, None) for weight in (self.up, self.down))
+            and _type_of_large_products(x.flatten(0, -2)) == torch.float32
+        )
+
+    def added_to(self, weight: Tensor, part: slice) -> Tensor:
+        """Some outputs of the weight, float32 -> the same of the sum."""
+        return torch.addmm(weight, self.up[part].float(), self.down.float(), alpha=self.scaling)
+
+
+def product_by_parts(
+    rows: Tensor,
+    num_outputs: int,
+    part_of: Callable[[slice], Tensor],
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    low_rank: LowRank | None = None,
+) -> Tensor:
+    """(rows, in) times a weight that is made a part at a time -> (rows, out) of `dtype`.
+
+    Args:
+        part_of: some outputs of the weight, (outputs, in) of the type of the rows.
+        low_rank: what to add to the weight for some rows.
+    """
+    output = rows.new_empty(len(rows), num_outputs, dtype=dtype)
+    for part in starmap(slice, _steps(num_outputs, _VALUES_AT_ONCE // rows.shape[1])):
+        weights = [(slice(None), part_of(part))]
+        if low_rank is not None:
+            before, after = slice(low_rank.rows.start), slice(low_rank.rows.stop, None)
+            summed = low_rank.added_to(weights[0][1], part)
+            weights = [(before, weights[0][1]), (low_rank.rows, summed), (after, weights[0][1])]
+        for which, weight in weights:
+            _multiply_into(output[which, part], rows[which], weight, None if bias is None else bias[part])
+    return output
+
+
+def _multiply_into(output: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Write `rows weight^T + bias` into a view of the output, without a copy where torch computes it."""
+    bias = None if bias is None else bias.to(rows.dtype)
+    if output.dtype != rows.dtype or choose_kernel(weight, len(rows)) != "torch":
+        output.copy_(multiply(rows, weight, bias))
+    elif bias is None:
+        torch.mm(rows, weight.t(), out=output)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=output)
+
+
 class Linear(nn.Linear):
     """torch's linear, computed by `multiply`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return multiply(x, self.weight, self.bias)
+    def folds(self, x: Tensor, low_rank: LowRank) -> bool:
+        """Whether these low-rank weights are better folded into this one for x (..., in)."""
+        return low_rank.folds(x) and _is_plain_product(x, self.weight, self.bias)
+
+    def forward(self, x: Tensor, low_rank: LowRank | None = None) -> Tensor:
+        """(..., in) -> (..., out).
+
+        Args:
+            low_rank: to be folded in for some of the rows of all batches, where `folds` says that it can be.
+        """
+        if low_rank is None:
+            return multiply(x, self.weight, self.bias)
+        rows, outputs = x.reshape(-1, x.shape[-1]).float(), self.out_features
+        output = product_by_parts(
+            rows, outputs, lambda part: self.weight[part].float(), x.dtype, self.bias, low_rank
+        )
+        return output.view(*x.shape[:-1], outputs)
 
 
 class QuickGelu(nn.Module):
@@ -466,25 +552,26 @@ class PackedWeight(KeepsTypes):
                 weight[first:last] = values
         return weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), without gradients."""
+    def forward(self, x: Tensor, low_rank: LowRank | None = None) -> Tensor:
+        """(..., in) -> (..., out), without gradients, with low-rank weights folded in for some rows."""
         rows = x.reshape(-1, self.in_features)
-        if self.layout == x.device.type and len(rows) <= KERNEL_ROWS and x.dtype in _HALF_TYPES:
+        few = len(rows) <= KERNEL_ROWS and low_rank is None
+        if self.layout == x.device.type and few and x.dtype in _HALF_TYPES:
             rows = rows if self.order is None else rows.index_select(1, self.order)
             output = self._by_kernel(rows.to(torch.bfloat16).contiguous()).to(x.dtype)
         else:
-            output = self._by_parts(rows.to(_type_of_large_products(rows)), x.dtype)
+            output = self._by_parts(rows.to(_type_of_large_products(rows)), x.dtype, low_rank)
         return output.view(*x.shape[:-1], -1)
 
-    def _by_parts(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    def _by_parts(self, rows: Tensor, dtype: torch.dtype, low_rank: LowRank | None) -> Tensor:
         """(rows, in) -> (rows, out) of `dtype`, a part of the weight at a time."""
-        output = rows.new_empty(len(rows), self.out_features, dtype=dtype)
-        steps = _steps(self.out_features, _VALUES_AT_ONCE // self.in_features)
-        buffer = rows.new_empty(steps[0][1], self.in_features)
-        for start, stop in steps:
-            weight = self._reordered(self._unpack_into(buffer[: stop - start], start))
-            output[:, start:stop] = multiply(rows, weight)
-        return output
+        _, most = _steps(self.out_features, _VALUES_AT_ONCE // self.in_features)[0]
+        buffer = rows.new_empty(most, self.in_features)
+
+        def part_of(part: slice) -> Tensor:
+            return self._reordered(self._unpack_into(buffer[: part.stop - part.start], part.start))
+
+        return product_by_parts(rows, self.out_features, part_of, dtype, low_rank=low_rank)
 
     def _ordered(self, start: int, stop: int) -> Tensor:
         """Outputs `start` to `stop` -> (outputs, in) integers, the inputs of each group side by side."""
@@ -558,10 +645,11 @@ class Int8Weight(PackedWeight):
 
 def _type_of_large_products(rows: Tensor) -> torch.dtype:
     """Float32 if half types are multiplied by way of it here, else the type of the rows."""
-    if rows.device.type != "cpu" or rows.dtype not in _HALF_TYPES or setting() not in ("auto", "float32"):
+    forced = {"float32": True, "folded": True, "auto": None}.get(setting(), False)
+    if rows.device.type != "cpu" or rows.dtype not in _HALF_TYPES or forced is False:
         return rows.dtype
-    way = setting() if setting() != "auto" else _measured(rows.dtype, len(rows))
-    return torch.float32 if way == "float32" else rows.dtype
+    wide = forced or _measured(rows.dtype, len(rows)) == "float32"
+    return torch.float32 if wide else rows.dtype
 
 
 def _steps(stop: int, size: int) -> list[tuple[int, int]]:

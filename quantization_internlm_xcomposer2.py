@@ -28,6 +28,7 @@ from .kernels_internlm_xcomposer2 import (
     Int8Weight,
     KeepsTypes,
     Linear,
+    LowRank,
     PackedWeight,
     multiply,
     pack_int4,
@@ -364,12 +365,20 @@ class PackedLinear(KeepsTypes):
         """The weight, (out, in) in float32, unpacked at each call; not a parameter."""
         return self.unpack(torch.float32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+    def folds(self, x: Tensor, low_rank: LowRank) -> bool:
+        """Whether these low-rank weights are better folded into the weight for x (..., in)."""
+        return self.settled is not None and low_rank.folds(x)
+
+    def forward(self, x: Tensor, low_rank: LowRank | None = None) -> Tensor:
+        """(..., in) -> (..., out).
+
+        Args:
+            low_rank: to be folded in for some of the rows of all batches, where `folds` says that it can be.
+        """
         if torch.is_grad_enabled() and x.requires_grad:
             output = _FrozenProduct.apply(x, self)
         elif self.settled is not None:
-            output = self.settled(x)
+            output = self.settled(x, low_rank)
         else:
             output = multiply(x, self.unpack(x.dtype))
         return output if self.bias is None else output + self.bias.to(x.dtype)

@@ -112,8 +112,15 @@ def build_model(
 ):
     """A random model of one of the `SIZES`, or nano from the repository's root.
 
-    Random models speak nano's vocabulary: pieces beyond it are computed, but never chosen.
+    Random models speak nano's vocabulary: pieces beyond it are computed, but never chosen. The naive way has
+    eager attention, and torch's own products with all weights.
     """
+    from internlm_xcomposer2.kernels_internlm_xcomposer2 import SETTING
+
+    if naive:
+        os.environ[SETTING] = "torch"
+    else:
+        os.environ.pop(SETTING, None)
     attention = "eager" if naive else "sdpa"
     options = {"trust_remote_code": True, "attn_implementation": attention, "dtype": dtype}
     if size == "nano":

@@ -8,8 +8,11 @@ import pytest
 import torch
 from helpers import random_pictures, tiny_model
 from internlm_xcomposer2 import kernels_internlm_xcomposer2 as kernels
+from internlm_xcomposer2.build_mlp import PLoRA
 from internlm_xcomposer2.cache_internlm_xcomposer2 import origin_of
 from internlm_xcomposer2.kernels_internlm_xcomposer2 import Int4Weight, Linear, int4_layout, multiply
+from internlm_xcomposer2.packing_internlm_xcomposer2 import Packing, pack_words
+from internlm_xcomposer2.quantization_internlm_xcomposer2 import PackedLinear
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -106,6 +109,92 @@ def test_what_only_torch_can_compute_is_left_to_it(monkeypatch):
         assert linear.to("meta")(x.to("meta")).device.type == "meta"
         subclass = torch.nn.Parameter(torch.ones(64, 96)).as_subclass(type("Other", (torch.Tensor,), {}))
         assert torch.equal(multiply(torch.ones(1, 96), subclass), torch.full((1, 64), 96.0))
+
+
+# ---- low-rank weights ----
+
+
+def random_plora(linear, scaling=0.5, rank=12):
+    """A `PLoRA` around this linear."""
+    plora = PLoRA(linear.in_features, linear.out_features, lora_r=rank, lora_alpha=scaling * rank).eval()
+    torch.manual_seed(1)
+    for weight in (plora.Plora_A.weight, plora.Plora_B.weight):
+        torch.nn.init.normal_(weight, std=0.1)
+    plora.linear = linear
+    return plora.requires_grad_(False)
+
+
+def linears_to_fold_into():
+    """A plain linear with a bias, and packed ones of 4 and 8 bits with their inputs in another order."""
+    yield Linear(256, 192)
+    for bits, groups in ((4, 4), (8, 1)):
+        generator = torch.Generator().manual_seed(bits)
+        index = torch.arange(256) // (256 // groups)
+        packing = Packing("gptq", bits, 256 // groups, 0, ())
+        packed = PackedLinear(256, 192, packing, num_groups=groups, has_index=True, has_bias=True)
+        integers = torch.randint(0, 2**bits, (192, 256), generator=generator)
+        zeros = torch.full((groups, 192), 2 ** (bits - 1))
+        packed.qweight.data = pack_words(integers, bits).T.contiguous()
+        packed.qzeros.data = pack_words(zeros, bits)
+        packed.scales.data = torch.rand(groups, 192, generator=generator) / 2**bits
+        packed.bias.data = torch.randn(192, generator=generator)
+        packed.g_idx.data = index[torch.randperm(256, generator=generator)].int()
+        packed.settle()
+        assert packed.settled is not None
+        yield packed
+
+
+def exact_product(x, plora, rows):
+    """What a `PLoRA` gives for x (batch, tokens, in), in float64, (rows, out)."""
+    rows_of_x, bias = x.double().flatten(0, 1), plora.linear.bias
+    output = rows_of_x @ plora.linear.weight.double().T + bias.double()
+    low = rows_of_x[rows] @ plora.Plora_A.weight.double().T
+    output[rows] += plora.lora_scaling * low @ plora.Plora_B.weight.double().T
+    return output
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [slice(0, 140), slice(0, 3), slice(2, 130), slice(139, 140)])
+@pytest.mark.parametrize(("setting", "num_parts"), [("torch", 0), ("folded", 3)])
+def test_folded_low_rank_weights_give_the_same(monkeypatch, dtype, rows, setting, num_parts):
+    parts, add = [], kernels.LowRank.added_to
+    monkeypatch.setattr(kernels.LowRank, "added_to", lambda *given: parts.append(given[-1]) or add(*given))
+    monkeypatch.setattr(kernels, "_VALUES_AT_ONCE", 64 * 256)  # of a weight of three parts
+    monkeypatch.setenv(kernels.SETTING, setting)
+    x = torch.randn(2, 70, 256, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for linear in linears_to_fold_into():
+        plora = random_plora(linear).to(dtype)
+        expected, found = exact_product(x, plora, rows), plora(x, image_rows=rows)
+        assert (found.shape, found.dtype, len(parts)) == ((2, 70, 192), dtype, num_parts)
+        error = (found.double().flatten(0, 1) - expected).norm() / expected.norm()
+        assert error < {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
+        parts.clear()
+
+
+def test_when_low_rank_weights_are_folded(monkeypatch):
+    monkeypatch.delenv(kernels.SETTING, raising=False)
+    plora = random_plora(Linear(1024, 1024, bias=False))
+    low_rank = lambda rows: plora._to_fold(torch.zeros(1, rows, 1024), slice(0, rows))  # noqa: E731
+    with torch.no_grad():
+        assert low_rank(800) is not None
+        assert low_rank(700) is None  # their own products are quicker
+        assert random_plora(Linear(96, 96))._to_fold(torch.zeros(1, 800, 96), slice(0, 800)) is None
+        monkeypatch.setattr(kernels, "_measured", lambda dtype, rows: "torch")  # a chip with such products
+        half = torch.zeros(1, 800, 1024, dtype=torch.bfloat16)
+        assert plora.bfloat16()._to_fold(half, slice(0, 800)) is None
+        monkeypatch.setattr(kernels, "_measured", lambda dtype, rows: "float32" if rows == 800 else "rows")
+        assert plora._to_fold(half, slice(0, 800)) is not None
+        assert plora.float().train()._to_fold(torch.zeros(1, 800, 1024), slice(0, 800)) is None
+        plora.eval().Plora_A = torch.nn.Sequential(plora.Plora_A)  # as an adapter library wraps it
+        assert low_rank(800) is None
+        plora.Plora_A = plora.Plora_A[0]
+        monkeypatch.setenv(kernels.SETTING, "torch")
+        assert low_rank(800) is None
+        monkeypatch.setenv(kernels.SETTING, "folded")
+        assert low_rank(1) is not None
+    plora.requires_grad_()
+    assert low_rank(800) is None
 
 
 # ---- weights of 4 bits ----
@@ -364,6 +453,8 @@ def test_the_first_answer_moves_what_decoding_reads(tmp_path, all_are_large):
 MEASURED = """
 import sys, torch
 from internlm_xcomposer2.kernels_internlm_xcomposer2 import Linear, own_memory
+from internlm_xcomposer2.packing_internlm_xcomposer2 import Packing, pack_words
+from internlm_xcomposer2.quantization_internlm_xcomposer2 import PackedLinear
 from safetensors.torch import load_file
 
 def resident(name):
