@@ -39,7 +39,7 @@ from internlm_xcomposer2.ixc2.gguf import export, known_types  # noqa: E402
 from internlm_xcomposer2.ixc2.main import main  # noqa: E402
 from internlm_xcomposer2.llamacpp import library  # noqa: E402
 from internlm_xcomposer2.prompt_internlm_xcomposer2 import batch_inputs, plan_chat  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+from transformers import AutoTokenizer, LogitsProcessor  # noqa: E402
 
 sys.path.insert(0, str(ROOT))
 
@@ -346,18 +346,46 @@ def test_numbers_and_answers_of_the_original(family, family_llama, monkeypatch):
             torch.testing.assert_close(counter.logits, expected, rtol=0, atol=1e-3)
 
 
+class Scores(LogitsProcessor):
+    """Keeps the scores that each token of an answer is chosen by."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps.append(scores[0].float())
+        return scores
+
+
 @needs_published_tokenizer
 @pytest.mark.parametrize("family", FAMILIES)
-def test_half_precision_gives_the_first_token_of_the_original(family, family_llama, monkeypatch):
-    """And logits that are off by a hundredth, which can decide between later tokens of random models."""
-    model = family_llama(family, "f16")
-    counter = Counter(model.decoder, monkeypatch)
+def test_half_precision_gives_the_tokens_of_the_original(family, family_llama, monkeypatch):
+    """Up to where two are as likely: weights in f16 move a random model's logits by a few hundredths."""
+    model, moved = family_llama(family, "f16"), 5e-2
+    counter, num_same, num_all = Counter(model.decoder, monkeypatch), 0, 0
     for name in golden_cases(family):
         case, tensors = golden_case(family, name)
-        model.chat(model.tokenizer, **call_of(case), do_sample=False, max_new_tokens=1, reuse=False)
-        expected = tensors["logits_last"].flatten()
-        torch.testing.assert_close(counter.logits, expected, rtol=0, atol=5e-2)
-        assert counter.logits.argmax() == expected.argmax(), name
+        for golden in case["generations"]:
+            if golden["num_beams"] > 1:
+                continue
+            scores, expected = Scores(), golden["new_tokens"]
+            settings = {
+                "do_sample": False,
+                "max_new_tokens": 32,
+                "reuse": False,
+                "logits_processor": [scores],
+            }
+            settings["repetition_penalty"] = golden["repetition_penalty"]
+            model.chat(model.tokenizer, **call_of(case), **settings)
+            logits = tensors["logits_last"].flatten()
+            torch.testing.assert_close(counter.logits, logits, rtol=0, atol=moved)
+            pairs = list(zip(scores.steps, expected, strict=False))
+            first = next((i for i, (step, id) in enumerate(pairs) if step.argmax() != id), len(expected))
+            num_same, num_all = num_same + first, num_all + len(expected)
+            if first < len(expected):
+                step, id = pairs[first]
+                assert step.max() - step[id] < 2 * moved, f"{name}: token {first} is another"
+    assert num_same > 0.9 * num_all
 
 
 # ---- what is exported ----
