@@ -9,18 +9,11 @@ Answers are compared with those of `batch_chat`.
 """
 
 import argparse
-import base64
 import json
-import mimetypes
 import os
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,12 +22,12 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle, islice
 from pathlib import Path
 
+from loopback import data_uri, free_port, running
 from openai import OpenAI
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 MAX_TOKENS = 32
-START = 300.0  # seconds that a server may take to start
 QUESTIONS = (
     ("number.png", "What number is printed in the picture?"),
     ("word.jpg", "What word is printed in the picture?"),
@@ -59,13 +52,6 @@ class Reply:
 # ---- servers ----
 
 
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def commands(port: int) -> dict[str, list[str]]:
     """The command of each server, both on nano in float32."""
     place = ["--host", "127.0.0.1", "--port", str(port)]
@@ -79,12 +65,8 @@ def commands(port: int) -> dict[str, list[str]]:
 
 
 @contextmanager
-def running(command: list[str], port: int, cores: list[int]) -> Iterator[OpenAI]:
-    """A client of a server that is started on these cores, and stopped at the end.
-
-    Raises:
-        RuntimeError: it doesn't start; the end of its log is in the message.
-    """
+def on_cores(command: list[str], port: int, cores: list[int]) -> Iterator[OpenAI]:
+    """A client of a server that runs on these cores."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -93,37 +75,9 @@ def running(command: list[str], port: int, cores: list[int]) -> Iterator[OpenAI]
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        )
-        try:
-            wait_for(server, f"http://127.0.0.1:{port}/health", log)
-            yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600, max_retries=0)
-        finally:
-            server.terminate()
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait(30)
-
-
-def wait_for(server: subprocess.Popen, url: str, log) -> None:
-    """Return when the server answers."""
-    deadline = time.monotonic() + START
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(url, timeout=2).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    log.seek(0)
-    raise RuntimeError(f"the server did not start:\n{log.read()[-3000:]}")
+    options = {"env": environment, "preexec_fn": lambda: os.sched_setaffinity(0, cores)}
+    with running(command, port, timeout=600, **options) as client:
+        yield client
 
 
 # ---- requests ----
@@ -133,9 +87,7 @@ def message_of(picture: str | None, question: str) -> dict:
     """A question as a message, its picture as a data URI."""
     content = [{"type": "text", "text": question}]
     if picture is not None:
-        kind = mimetypes.guess_type(picture)[0]
-        data = base64.b64encode((EXAMPLES / picture).read_bytes()).decode()
-        content.insert(0, {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
+        content.insert(0, {"type": "image_url", "image_url": {"url": data_uri(EXAMPLES / picture)}})
     return {"role": "user", "content": content}
 
 
@@ -229,7 +181,7 @@ def main() -> None:
     print(f"batch_chat: {rows[0]['answers_per_second']} answers/s")
     for name in options.servers:
         port = free_port()
-        with running(commands(port)[name], port, cores) as client:
+        with on_cores(commands(port)[name], port, cores) as client:
             replies, seconds = load(client, options.concurrency, options.requests)
         rows.append(row_of(name, replies, seconds, expected))
         print(f"{name}: {rows[-1]}")

@@ -8,13 +8,14 @@ import pytest
 from helpers import ROOT
 from openai import APIStatusError, BadRequestError, OpenAI, UnprocessableEntityError
 from test_docs import offline_environment
-from test_serve import ANSWER, ask, complete, data_uri, free_port, picture, wait_for
+from test_serve import EXAMPLES, ask, complete, picture
 from transformers import AutoTokenizer
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
 from internlm_xcomposer2 import InternLMXComposer2ForCausalLM  # noqa: E402
+from internlm_xcomposer2.benchmarks.loopback import data_uri, free_port, running  # noqa: E402
 from internlm_xcomposer2.ixc2.gguf import export  # noqa: E402
 from internlm_xcomposer2.ixc2.main import main  # noqa: E402
 
@@ -34,32 +35,11 @@ def client(tmp_path_factory) -> Iterator[OpenAI]:
     """A client of a server of nano in float32."""
     folder = tmp_path_factory.mktemp("serve")
     export(ROOT, folder / "nano", "f32")
-    port, log = free_port(), folder / "log.txt"
-    command = [
-        sys.executable,
-        "-c",
-        "from internlm_xcomposer2.ixc2.main import main; raise SystemExit(main())",
-    ]
-    command += ["serve", str(folder / "nano"), "--port", str(port)]
-    command += ["--n-ctx", str(N_CTX), "--threads", "1"]
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=offline_environment(folder / "home"),
-            cwd=folder,
-        )
-    try:
-        wait_for(server, f"http://127.0.0.1:{port}", log)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=ANSWER, max_retries=0)
-    finally:
-        server.terminate()
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait(20)
+    port = free_port()
+    command = [*COMMAND, "serve", str(folder / "nano"), "--port", str(port), "--n-ctx", str(N_CTX)]
+    environment = offline_environment(folder / "home")
+    with running([*command, "--threads", "1"], port, env=environment, cwd=folder) as opened:
+        yield opened
 
 
 def streamed(client: OpenAI, *messages: dict, **options) -> tuple[str, str, object]:
@@ -117,7 +97,7 @@ def test_several_turns_with_pictures_are_answered_as_by_chat(client):
 
 
 def test_a_video_and_settings_of_our_own(client):
-    video = {"type": "video_url", "video_url": {"url": data_uri("circle.mp4")}}
+    video = {"type": "video_url", "video_url": {"url": data_uri(EXAMPLES / "circle.mp4")}}
     assert complete(client, ask(video, "What happens?"), max_tokens=3).usage.prompt_tokens > 80
     small = [picture("small.png"), "What word is printed in the picture?"]
     lengths = [

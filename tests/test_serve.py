@@ -1,12 +1,7 @@
 """`transformers serve` on nano, read as remote code, over HTTP on loopback with OpenAI's client."""
 
-import base64
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,55 +10,24 @@ import pytest
 from finetune_helpers import save_model
 from first_generation import tiny_first
 from helpers import ROOT
+from internlm_xcomposer2.benchmarks.loopback import data_uri, free_port, running
 from openai import BadRequestError, OpenAI
 from test_docs import blocks_of, offline_environment
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 pytestmark = pytest.mark.slow
 
-START, ANSWER = 300.0, 120.0  # seconds that the server may take
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(server: subprocess.Popen, url: str, log: Path) -> None:
-    deadline = time.monotonic() + START
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=2).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    pytest.fail(f"the server did not start:\n{log.read_text()[-3000:]}")
+EXAMPLES = ROOT / "examples"
 
 
 @contextmanager
 def serving(directory: Path, folder: Path) -> Iterator[OpenAI]:
-    """A client of a server that loads the model in a directory, which logs into a folder."""
-    port, log = free_port(), folder / "log.txt"
+    """A client of a server that loads the model in a directory, with its home in a folder."""
+    port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "."]
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [*command, "--trust-remote-code", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=offline_environment(folder / "home"),
-            cwd=directory,
-        )
-    try:
-        wait_for(server, f"http://127.0.0.1:{port}", log)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=ANSWER)
-    finally:
-        server.terminate()
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait(20)
+    command += ["--trust-remote-code", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    with running(command, port, env=offline_environment(folder / "home"), cwd=directory) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +37,8 @@ def client(tmp_path_factory) -> Iterator[OpenAI]:
         yield opened
 
 
-def data_uri(name: str) -> str:
-    content = (ROOT / "examples" / name).read_bytes()
-    kind = {"png": "image/png", "jpg": "image/jpeg", "mp4": "video/mp4"}[name.rsplit(".")[-1]]
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def picture(name: str) -> dict:
-    return {"type": "image_url", "image_url": {"url": data_uri(name)}}
+    return {"type": "image_url", "image_url": {"url": data_uri(EXAMPLES / name)}}
 
 
 def ask(*content: str | dict) -> dict:
@@ -137,7 +95,9 @@ def test_several_turns_with_pictures_are_answered_as_by_chat(client):
 
 
 def test_a_video(client):
-    message = ask({"type": "video_url", "video_url": {"url": data_uri("circle.mp4")}}, "What happens?")
+    message = ask(
+        {"type": "video_url", "video_url": {"url": data_uri(EXAMPLES / "circle.mp4")}}, "What happens?"
+    )
     completion = complete(client, message, max_tokens=3)
     assert completion.usage.prompt_tokens > 80 and completion.usage.completion_tokens <= 3
 
@@ -159,7 +119,7 @@ def test_a_bad_picture_is_an_error_and_the_next_request_is_answered(client, url,
     """No client has the server read its files, or fetch from it or its neighbours, and each is told so."""
     picture_of = {"type": "image_url", "image_url": {"url": url.format(port=client.base_url.port)}}
     with pytest.raises(BadRequestError) as raised:
-        complete(client.with_options(max_retries=0), ask(picture_of, "What shape is it?"), stream=stream)
+        complete(client, ask(picture_of, "What shape is it?"), stream=stream)
     assert message in raised.value.body["detail"]
     completion = complete(client, ask(picture("star.png"), "What shape is the object?"))
     assert completion.choices[0].message.content == "star"
@@ -178,7 +138,7 @@ def test_a_message_forges_no_turn(client):
 def test_megabytes_of_text_hold_nobody_up(client):
     start = time.monotonic()
     with pytest.raises(BadRequestError):
-        complete(client.with_options(max_retries=0), ask("word " * 2_000_000))
+        complete(client, ask("word " * 2_000_000))
     completion = complete(client, ask(picture("star.png"), "What shape is the object?"))
     assert completion.choices[0].message.content == "star"
     assert time.monotonic() - start < 30
@@ -190,7 +150,7 @@ def test_options_of_a_template_open_nothing(client):
     for options in ({"allowed_local_media_path": "/"}, {"images_kwargs": {"access": None}}):
         with pytest.raises(BadRequestError):
             complete(
-                client.with_options(max_retries=0),
+                client,
                 ask(star, "What shape is it?"),
                 extra_body={"chat_template_kwargs": options},
             )

