@@ -16,16 +16,17 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # Each ends within ten minutes on one core, so that a shared machine can be measured in pieces.
 RUNS = (
-    "prefill_decode.py --tiles 1x1 2x3 3x5 --naive-tiles 6 --repeats 1",
+    "prefill_decode.py --tiles 1x1 2x3 3x5 --naive-tiles 6 --repeats 2",
     "prefill_decode.py --tiles 6x10 --naive off --repeats 1",
-    "prefill_decode.py --tiles 2x3 --naive off --dtype bfloat16 --repeats 1",
+    "prefill_decode.py --tiles 2x3 --naive off --dtype bfloat16 --repeats 2",
+    "operations.py",
     "chat_turns.py --turns 2",
     "memory.py --tiles 6",
-    "vision.py --tiles 2x3 --pictures 1 --repeats 1",
-    "preprocess.py --threads 1 --frames --repeats 1",
+    "vision.py --tiles 2x3 --pictures 1",
+    "preprocess.py --threads 1 --frames",
     "batch.py --size nano --threads 1",
-    "peers.py --repeats 1",
-    "few_bits.py --repeats 1 --layers 3",
+    "peers.py --repeats 2",
+    "few_bits.py --layers 3",
 )
 INTRODUCTION = """# Results
 

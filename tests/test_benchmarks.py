@@ -17,6 +17,7 @@ MODULES = (
     "few_bits",
     "full_size",
     "memory",
+    "operations",
     "peers",
     "prefill_decode",
     "preprocess",
@@ -163,6 +164,23 @@ def test_memory(run):
 def test_a_batch(run):
     report = run("batch", "--conversations", "1", "2", "--new-tokens", "2")
     check(report, "batch", 4, ("time",))
+
+
+def test_operations_are_of_four_kinds(run):
+    report = run("operations", "--tiles", "1x1", "--new-tokens", "2", "--dtypes", "float32")
+    assert [(row["dtype"], row["phase"]) for row in report["rows"]] == [
+        ("float32", "prefill"),
+        ("float32", "decode"),
+    ]
+    operations = importlib.import_module("operations")
+    for row in report["rows"]:
+        shares = [row[kind] for kind in (*operations.KINDS, operations.OTHERS)]
+        assert all(share > 0 for share in shares) and sum(shares) == pytest.approx(1, abs=0.01)
+        assert row["seconds"] > 0
+    assert operations.kind_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
+    assert operations.kind_of("mkldnn::_linear_pointwise") == operations.kind_of("aten::addmm") == "products"
+    assert operations.kind_of("aten::copy_") == "copies"
+    assert operations.kind_of("aten::silu") == "element-wise"
 
 
 def test_peers_have_the_same_decoder_and_about_as_many_tokens(run):
