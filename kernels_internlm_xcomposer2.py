@@ -26,6 +26,7 @@ SETTING = "INTERNLM_XCOMPOSER2_KERNELS"
 KERNELS = ("auto", "torch", "onednn", "float32", "rows", "folded")
 
 LARGE = 1 << 20  # values of a weight from which the choice of a kernel matters
+_LARGE_FOR_MANY = 1 << 18  # the same for many rows
 FEW_ROWS = 8
 _ROWS_MEASURED = (1, 4, 64)  # one row of a decoding step, a few of beams, many of a prompt
 _MEASURED_SHAPE = (2048, 4096)  # of the weight that is measured with, (out, in)
@@ -101,8 +102,8 @@ def setting() -> str:
 
 def choose_kernel(weight: Tensor, num_rows: int) -> str:
     """The way in which `num_rows` rows are multiplied with a weight (out, in) on a CPU."""
-    name = setting()
-    if num_rows == 0 or (name == "auto" and weight.numel() < LARGE):
+    name, least = setting(), _LARGE_FOR_MANY if num_rows >= _ROWS_MEASURED[-1] else LARGE
+    if num_rows == 0 or (name == "auto" and weight.numel() < least):
         return "torch"
     if name == "auto":
         return _measured(weight.dtype, num_rows)

@@ -74,13 +74,16 @@ def test_large_products_are_measured_once_and_the_choice_is_logged(monkeypatch, 
     kernels.measured_kernel.cache_clear()
     caplog.set_level(logging.INFO, kernels.logger.name)
     try:
-        large, small = torch.zeros(1024, 1024), torch.zeros(64, 64)
-        assert kernels.choose_kernel(small, 1) == "torch" and not caplog.messages
+        large, medium, small = torch.zeros(1024, 1024), torch.zeros(256, 1024), torch.zeros(64, 64)
+        assert kernels.choose_kernel(small, 100) == "torch" and kernels.choose_kernel(medium, 63) == "torch"
+        assert not caplog.messages
         assert [kernels.choose_kernel(large, 1) for _ in range(3)] == ["onednn"] * 3
         assert [message.split(" (")[0] for message in caplog.messages] == [
             "float32 products of 1 rows are computed by onednn"
         ]
         assert "torch 3000.00 ms, onednn 2000.00 ms" in caplog.messages[0]
+        assert kernels.choose_kernel(medium, 64) == "onednn"
+        kernels.measured_kernel.cache_clear()
         seconds["torch"] = 2.1  # a close call stays with torch
         assert kernels.choose_kernel(large, 1000) == "torch"
         monkeypatch.setenv(kernels.SETTING, "torch")
