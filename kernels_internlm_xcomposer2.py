@@ -27,10 +27,10 @@ KERNELS = ("auto", "torch", "onednn", "float32", "rows", "folded")
 
 LARGE = 1 << 20  # values of a weight from which the choice of a kernel matters
 _LARGE_FOR_MANY = 1 << 18  # the same for many rows
-FEW_ROWS = 8
-_ROWS_MEASURED = (1, 4, 64)  # one row of a decoding step, a few of beams, many of a prompt
-_MEASURED_SHAPE = (2048, 4096)  # of the weight that is measured with, (out, in)
-_REPEATS = 5
+FEW_ROWS, _MANY_ROWS = 8, 64
+# Rows that are measured, and the (out, in) of the weight: of a decoding step, of beams, of a prompt.
+_MEASURED = {1: (2048, 4096), 4: (2048, 4096), 256: (1024, 2048)}
+_REPEATS = 3
 _MARGIN = 1.1  # how many times as fast another way must be: close calls stay with torch, so that runs agree
 _VALUES_AT_ONCE = 1 << 21  # weights that are converted or unpacked at once: what a core's cache holds
 _IN_CACHE = 1 << 18  # values that pass through several steps at once
@@ -102,7 +102,7 @@ def setting() -> str:
 
 def choose_kernel(weight: Tensor, num_rows: int) -> str:
     """The way in which `num_rows` rows are multiplied with a weight (out, in) on a CPU."""
-    name, least = setting(), _LARGE_FOR_MANY if num_rows >= _ROWS_MEASURED[-1] else LARGE
+    name, least = setting(), _LARGE_FOR_MANY if num_rows >= _MANY_ROWS else LARGE
     if num_rows == 0 or (name == "auto" and weight.numel() < least):
         return "torch"
     if name == "auto":
@@ -112,17 +112,17 @@ def choose_kernel(weight: Tensor, num_rows: int) -> str:
 
 def _measured(dtype: torch.dtype, num_rows: int) -> str:
     """The quickest way for this many rows, as measured with a similar number."""
-    rows = next((rows for rows in _ROWS_MEASURED if num_rows <= 2 * rows), _ROWS_MEASURED[-1])
+    rows = next((rows for rows in _MEASURED if num_rows <= 2 * rows), max(_MEASURED))
     return measured_kernel(dtype, rows, torch.get_num_threads())
 
 
 @cache
 def measured_kernel(dtype: torch.dtype, num_rows: int, num_threads: int) -> str:
-    """The way that is quickest here by a clear margin, measured once per process, in a tenth of a second."""
+    """The way that is quickest here by a clear margin, measured once per process in tenths of a second."""
     ways = possible_kernels(dtype, num_rows)
     if len(ways) == 1:
         return ways[0]
-    outputs, inputs = _MEASURED_SHAPE
+    outputs, inputs = _MEASURED[num_rows]
     weight = torch.full((outputs, inputs), 0.5, dtype=dtype)
     x = torch.full((num_rows, inputs), 0.5, dtype=dtype)
     with torch.no_grad():
