@@ -6,6 +6,7 @@ The ways differ in rounding only. The environment variable `INTERNLM_XCOMPOSER2_
 every size wherever they can compute them.
 """
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -379,6 +380,12 @@ def _read_tensor(path: str, offset: int, like: Tensor) -> Tensor:
             f"{path} has {num_read} of {like.nbytes} bytes of a tensor; it changed since it was loaded"
         )
     return tensor
+
+
+def release_freed_memory() -> None:
+    """Give the system back what the C library keeps of freed memory, if it is one that can be told to."""
+    with suppress(AttributeError, OSError, TypeError):  # it has no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_memory() -> int:

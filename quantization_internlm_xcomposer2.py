@@ -32,6 +32,7 @@ from .kernels_internlm_xcomposer2 import (
     PackedWeight,
     multiply,
     pack_int4,
+    release_freed_memory,
 )
 from .packing_internlm_xcomposer2 import (
     FILE_TENSORS,
@@ -479,9 +480,10 @@ def settle_linears(model: nn.Module, headers: Mapping[str, TensorHeader]) -> Non
         with naming(name):
             if path is None or path.suffix != ".safetensors":
                 module.settle()
-                continue
-            with safe_open(path, framework="pt") as file:
-                module.settle(file.get_tensor(stored))
+            else:
+                with safe_open(path, framework="pt") as file:
+                    module.settle(file.get_tensor(stored))
+        release_freed_memory()  # what unpacking took, else a multiple of the weights would stay
 
 
 def packed_linears(model: nn.Module) -> list[tuple[str, PackedLinear]]:

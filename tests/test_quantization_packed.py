@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -30,6 +32,27 @@ AWQ_FIELDS = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size":
 
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}  # the 4-bit kernels take these
+
+
+SETTLED = """
+import torch
+from internlm_xcomposer2.checkpoint_internlm_xcomposer2 import TensorHeader
+from internlm_xcomposer2.kernels_internlm_xcomposer2 import int4_layout
+from internlm_xcomposer2.packing_internlm_xcomposer2 import Packing
+from internlm_xcomposer2.quantization_internlm_xcomposer2 import PackedLinear, settle_linears
+
+def resident():
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+int4_layout("cpu")
+packing, before = Packing("gptq", 4, 128, 0, ()), resident()
+model = torch.nn.ModuleDict({f"w{i}": PackedLinear(2048, 2048, packing, num_groups=16) for i in range(40)})
+settle_linears(model, {f"w{i}.qweight": TensorHeader((256, 2048), torch.int32) for i in range(40)})
+size = sum(buffer.nbytes for buffer in model.buffers())
+assert all(linear.settled is not None for linear in model.values())
+print(size, resident() - before)
+"""
 
 
 def packed_of(model):
@@ -541,3 +564,11 @@ def test_gptq_for_transformers_itself_is_left_to_it(tmp_path, tiny_packed):
     write_published(tmp_path, packed, {**fields, "quantization_config": GPTQ_FIELDS})
     with pytest.raises((ImportError, RuntimeError), match="optimum|gptqmodel"):
         AutoModel.from_pretrained(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells how much memory is resident")
+def test_what_unpacking_took_is_given_back():
+    result = subprocess.run([sys.executable, "-c", SETTLED], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    size, grown = map(int, result.stdout.split())
+    assert 0.9 * size < grown < 1.25 * size
