@@ -147,7 +147,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     kept = arguments.out / "results.json"
-    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    is_whole = not arguments.render and not arguments.only  # then nothing of an earlier run stays
+    known = {} if is_whole or not kept.exists() else json.loads(kept.read_text(encoding="utf-8"))
     commands = [] if arguments.render else (arguments.only or RUNS)
     for command in commands:
         known[command] = run(command, arguments.extra)
