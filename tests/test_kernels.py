@@ -456,8 +456,6 @@ def test_the_first_answer_moves_what_decoding_reads(tmp_path, all_are_large):
 MEASURED = """
 import sys, torch
 from internlm_xcomposer2.kernels_internlm_xcomposer2 import Linear, own_memory
-from internlm_xcomposer2.packing_internlm_xcomposer2 import Packing, pack_words
-from internlm_xcomposer2.quantization_internlm_xcomposer2 import PackedLinear
 from safetensors.torch import load_file
 
 def resident(name):
